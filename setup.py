@@ -1,0 +1,38 @@
+"""Package metadata of fastdiff."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "scikit-image>=0.24", "matplotlib>=3.9"]
+
+setup(
+    name="fastdiff",
+    version="0.1.0",
+    description="The fastest way to run Stable Diffusion XL in plain PyTorch, as drop-in diffusers classes",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["fastdiff", "fastdiff.*"]),
+    package_data={"fastdiff.shapes": ["MODEL_CARD.md", "checkpoint/*.json", "checkpoint/*/*"]},
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "diffusers>=0.42,<0.43",
+        "transformers>=5.17,<6",
+        "torchao>=0.18,<0.19",
+        "accelerate>=1.0",
+        "safetensors>=0.4",
+        "peft>=0.17",
+        "numpy",
+        "pillow",
+        "tqdm",
+    ],
+    extras_require={
+        "test": TEST,
+        "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.9", "openvino>=2026.0"],
+        "ray": ["ray[data,serve]>=2.40"],
+    },
+    entry_points={"console_scripts": ["fastdiff=fastdiff.cli:main"]},
+)
