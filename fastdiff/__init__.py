@@ -1,6 +1,41 @@
 """SDXL at hardware speed, one import away from diffusers."""
 
+from importlib import import_module
 from pathlib import Path
+
+__version__ = "0.1.0"
 
 EMBEDDED_CHECKPOINT: str = str(Path(__file__).parent / "shapes" / "checkpoint")
 """Path of the tiny SDXL checkpoint that ships with the package."""
+
+# Importing diffusers and torchao takes seconds; names are resolved when first used, so that `fastdiff --help` and
+# a mistyped command answer at once.
+_HOMES = {
+    "FastAutoencoderKL": "vae",
+    "FastConfig": "config",
+    "FastDDIMScheduler": "schedulers",
+    "FastDPMSolverMultistepScheduler": "schedulers",
+    "FastEulerAncestralDiscreteScheduler": "schedulers",
+    "FastEulerDiscreteScheduler": "schedulers",
+    "FastHeunDiscreteScheduler": "schedulers",
+    "FastLCMScheduler": "schedulers",
+    "FastStableDiffusionXLPipeline": "pipelines",
+    "FastTCDScheduler": "schedulers",
+    "FastUNet2DConditionModel": "unet",
+    "FastUniPCMultistepScheduler": "schedulers",
+    "FusedQKVAttnProcessor": "attention",
+    "PlanStep": "plan",
+    "fast_scheduler": "schedulers",
+}
+
+__all__ = ["EMBEDDED_CHECKPOINT", *_HOMES]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

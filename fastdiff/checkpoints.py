@@ -1,0 +1,77 @@
+"""Checks on a checkpoint before anything long begins, with errors that say what to do."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+from .config import FastConfig
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
+
+
+def check_checkpoint(pipeline_class: type[DiffusionPipeline], path: str | os.PathLike, kwargs: dict) -> None:
+    """Refuse what is no SDXL checkpoint in safetensors; sets `use_safetensors` in `kwargs` unless it is given.
+
+    Args:
+        path: a local directory or a model id.
+        kwargs: the arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: with the reason and what to do.
+    """
+    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    try:
+        index = pipeline_class.load_config(path, **hub)
+    except (OSError, ValueError) as error:
+        kind = "is a directory without model_index.json" if Path(path).is_dir() else "cannot be found"
+        raise ValueError(
+            f"{str(path)!r} {kind}: pass a directory written by save_pretrained() or a model id of the hub."
+        ) from error
+    name = index.get("_class_name", "")
+    if "StableDiffusionXL" not in name:
+        raise ValueError(f"{str(path)!r} is a {name or 'nameless'} checkpoint; fastdiff runs Stable Diffusion XL only.")
+    if kwargs.get("use_safetensors") is False:
+        return
+    kwargs["use_safetensors"] = True
+    if not Path(path).is_dir():
+        return
+    for component in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        if component in kwargs or index.get(component, [None])[0] is None:
+            continue
+        folder = Path(path) / component
+        if not folder.is_dir():
+            raise ValueError(f"{str(path)!r} has no folder {component!r}: the checkpoint is incomplete.")
+        if not any(folder.glob("*.safetensors")):
+            raise ValueError(
+                f"{str(folder)!r} holds no safetensors. Other formats can run code while loading; convert them with "
+                "save_pretrained(), or pass use_safetensors=False if you trust the file."
+            )
+
+
+def check_components(pipeline_class: type, components: dict) -> None:
+    """Refuse a UNet that is not SDXL's.
+
+    Raises:
+        ValueError: the UNet lacks SDXL's text-and-time conditioning.
+    """
+    unet = components.get("unet")
+    if isinstance(unet, UNet2DConditionModel) and unet.config.addition_embed_type != "text_time":
+        raise ValueError(
+            f"{pipeline_class.__qualname__} needs an SDXL UNet (addition_embed_type='text_time'), "
+            f"not {unet.config.addition_embed_type!r}: this looks like a Stable Diffusion 1.x or 2.x model."
+        )
+
+
+def loading_dtype(config: FastConfig) -> torch.dtype | None:
+    """The dtype to load weights in when the user names none; None leaves it to stock."""
+    if config.dtype == "stock":
+        return None
+    if config.dtype != "auto":
+        return config.dtype
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None

@@ -1,0 +1,120 @@
+"""`FastConfig`: one switch for each optimisation, and the presets that set them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import torch
+
+COMPILE_MODES = ("auto", "regional", "full", "off")
+QUANTIZATION_SCHEMES = ("auto", "fp8-dynamic", "int8-dynamic", "fp8-weight-only", "int8-weight-only", "none")
+
+_PRESETS: dict[str, dict[str, object]] = {
+    "exact": {"quantization": "none", "dtype": "stock"},
+    "balanced": {},
+    "max": {"compile": "full", "cuda_graphs": True},
+    "off": {
+        "compile": "off",
+        "quantization": "none",
+        "fuse_qkv": False,
+        "context_cache": False,
+        "channels_last": False,
+        "host_schedule": False,
+        "cuda_graphs": False,
+        "dtype": "stock",
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastConfig:
+    """What fastdiff applies to a pipeline. Immutable; derive variants with `preset(name, **overrides)`.
+
+    Args:
+        compile: `"regional"` compiles the repeated blocks, `"full"` the whole UNet and VAE decoder, `"off"` nothing;
+            `"auto"` chooses by device and model size.
+        quantization: a scheme of `QUANTIZATION_SCHEMES`; `"auto"` takes the one that was measured to win on the
+            device, `"none"` leaves the weights alone. Every other scheme changes results.
+        fuse_qkv: one self-attention projection in place of three, in shared storage.
+        context_cache: cross-attention keys and values computed once per prompt, not once per step.
+        channels_last: NHWC memory format for convolutions.
+        host_schedule: schedulers that keep their schedule on the CPU, so that no step waits for the device.
+        cuda_graphs: replay the UNet step as a CUDA graph; `"auto"` does so where it was measured to win.
+        dtype: dtype that weights are loaded in: `"auto"` takes bfloat16 where the device computes it natively,
+            `"stock"` what the stock class would take, or a torch dtype. An explicit `torch_dtype` of
+            `from_pretrained` always wins.
+
+    Raises:
+        TypeError: a field that does not exist.
+        ValueError: a value outside the field's choices.
+    """
+
+    compile: str = "auto"
+    quantization: str = "auto"
+    fuse_qkv: bool = True
+    context_cache: bool = True
+    channels_last: bool = True
+    host_schedule: bool = True
+    cuda_graphs: str | bool = "auto"
+    dtype: str | torch.dtype = "auto"
+
+    def __post_init__(self) -> None:
+        _check_choice("compile", self.compile, COMPILE_MODES)
+        _check_choice("quantization", self.quantization, QUANTIZATION_SCHEMES)
+        for name in ("fuse_qkv", "context_cache", "channels_last", "host_schedule"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"FastConfig.{name} must be True or False, not {getattr(self, name)!r}.")
+        if self.cuda_graphs != "auto" and not isinstance(self.cuda_graphs, bool):
+            raise ValueError(f'FastConfig.cuda_graphs must be "auto", True or False, not {self.cuda_graphs!r}.')
+        if self.dtype not in ("auto", "stock") and not isinstance(self.dtype, torch.dtype):
+            raise ValueError(f'FastConfig.dtype must be "auto", "stock" or a torch.dtype, not {self.dtype!r}.')
+
+    @classmethod
+    def preset(cls, name: str, **overrides: object) -> FastConfig:
+        """Make the configuration of a preset, with some fields replaced.
+
+        Args:
+            name: `"exact"` (lossless steps only), `"balanced"` (the default: exact and the device's quantization),
+                `"max"` (full-graph compile and CUDA graphs; slow first call) or `"off"` (stock behaviour).
+            overrides: fields of `FastConfig`.
+
+        Raises:
+            ValueError: unknown preset or a value outside the field's choices.
+            TypeError: an override that is no field of `FastConfig`.
+        """
+        _check_choice("preset", name, tuple(_PRESETS))
+        fields = [field.name for field in dataclasses.fields(cls)]
+        for key in overrides:
+            if key not in fields:
+                raise TypeError(f"FastConfig has no field {key!r}.{_suggest(key, fields)}")
+        return cls(**{**_PRESETS[name], **overrides})
+
+    @classmethod
+    def resolve(cls, fast: FastConfig | str | None) -> FastConfig:
+        """Turn the `fast` argument of a pipeline into a `FastConfig`: None is `"balanced"`, a string a preset."""
+        if fast is None:
+            return cls.preset("balanced")
+        if isinstance(fast, str):
+            return cls.preset(fast)
+        if isinstance(fast, cls):
+            return fast
+        raise TypeError(f"fast must be a FastConfig, a preset name or None, not {type(fast).__name__}.")
+
+    @property
+    def is_off(self) -> bool:
+        """True when nothing at all is to be applied, so that the stock classes stay in place."""
+        return self == FastConfig.preset("off", dtype=self.dtype)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        label = "Unknown preset" if name == "preset" else f"Unknown value for FastConfig.{name}:"
+        raise ValueError(f"{label} {value!r}; choose one of {listed}.{_suggest(str(value), choices)}")
+
+
+def _suggest(word: str, known) -> str:
+    close = get_close_matches(word, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

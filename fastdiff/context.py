@@ -1,0 +1,198 @@
+"""Cross-attention keys and values, computed once per prompt and reused in every step."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+class ContextKV(NamedTuple):
+    """Projected context of one cross-attention layer; both tensors (batch, tokens, heads * head_dim)."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+class _Entry:
+    """Storage for the keys and values of all layers for one shape of context, and what it now holds."""
+
+    def __init__(self, signature: tuple):
+        self.signature = signature
+        self.storage: tuple[ContextKV, ...] = ()
+        self.context: weakref.ref[torch.Tensor] | None = None
+        self.state: tuple | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for kv in self.storage for t in kv)
+
+
+class ContextCache:
+    """Keys and values of every cross-attention layer of a UNet or ControlNet for the contexts in use.
+
+    An entry is reused only for the same context tensor (identity), unedited (`_version`), with the same projection
+    weights and adapter state. A context without a version counter (made under `torch.inference_mode`), one that
+    needs gradients, and layers with a foreign processor are never cached: the caller then passes the context itself
+    and attention projects it in each step as stock does.
+
+    Storage keeps its address: a context whose tensor has died leaves its entry to the next one of the same shape.
+    At most `MAX_ENTRIES` entries are kept, oldest out first; an entry in use by another thread is dropped from the
+    cache, never overwritten.
+
+    Args:
+        layers: the cross-attention modules (`attn2`), in the order of the returned tuple.
+    """
+
+    MAX_ENTRIES = 4
+
+    def __init__(self, layers: list[Attention]):
+        self.layers = layers
+        self.enabled = True
+        self._entries: OrderedDict[int, _Entry] = OrderedDict()
+        self._generation = 0
+        self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict) -> ContextCache:
+        fresh = ContextCache(copy.deepcopy(self.layers, memo))
+        fresh.enabled = self.enabled
+        return fresh
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cached keys and values occupy."""
+        with self._lock:
+            return sum(entry.nbytes for entry in self._entries.values())
+
+    def clear(self) -> None:
+        """Free all entries."""
+        with self._lock:
+            self._entries.clear()
+            self._generation += 1
+
+    def invalidate(self) -> None:
+        """Have every context projected afresh at its next use, in the storage that is there."""
+        with self._lock:
+            self._generation += 1
+
+    def project(self, context: torch.Tensor) -> torch.Tensor | tuple[ContextKV, ...]:
+        """Return the keys and values of `context` for every layer, from the cache when they are known to be current.
+
+        Args:
+            context: `encoder_hidden_states`, (batch, tokens, cross_attention_dim).
+
+        Returns:
+            One `ContextKV` a layer, or `context` itself when it cannot be cached.
+        """
+        if not self.enabled or not self._cacheable(context):
+            return context
+        with self._lock:
+            # The lock is held while projecting: two threads that bring the same context share one computation.
+            state = (self._generation, context._version, *map(_projection_state, self.layers))
+            entry = self._find(context)
+            if entry.state != state:
+                with torch.no_grad():
+                    self._fill(entry, context)
+                entry.state = state
+            return entry.storage
+
+    def _cacheable(self, context: torch.Tensor) -> bool:
+        if not self.layers or not isinstance(context, torch.Tensor) or context.is_inference():
+            return False
+        if torch.is_grad_enabled() and (context.requires_grad or any(map(_needs_grad, self.layers))):
+            return False
+        return all(map(_is_plain, self.layers))
+
+    def _find(self, context: torch.Tensor) -> _Entry:
+        for key, entry in self._entries.items():
+            if entry.context is not None and entry.context() is context:
+                self._entries.move_to_end(key)
+                return entry
+        signature = _signature(context, self.layers[0])
+        for entry in self._entries.values():
+            if entry.signature == signature and (entry.context is None or entry.context() is None):
+                break
+        else:
+            entry = _Entry(signature)
+            self._entries[id(entry)] = entry
+            while len(self._entries) > self.MAX_ENTRIES:
+                self._entries.popitem(last=False)
+        self._entries.move_to_end(id(entry))
+        entry.context, entry.state = weakref.ref(context), None
+        return entry
+
+    def _fill(self, entry: _Entry, context: torch.Tensor) -> None:
+        if not entry.storage:
+            entry.storage = tuple(ContextKV(attn.to_k(context), attn.to_v(context)) for attn in self.layers)
+            return
+        for attn, (key, value) in zip(self.layers, entry.storage, strict=True):
+            key.copy_(attn.to_k(context))
+            value.copy_(attn.to_v(context))
+
+
+def attach_context_cache(model: nn.Module) -> ContextCache:
+    """Build the context cache of a model and let its transformer blocks pick their own layer's keys and values.
+
+    The choice is made in a forward pre-hook of the block, outside of `block.forward`, so that a compiled block sees
+    two tensors and the same code serves every layer.
+    """
+    blocks = [m for m in model.modules() if isinstance(m, BasicTransformerBlock) and m.attn2 is not None]
+    blocks = [block for block in blocks if block.attn2.is_cross_attention]
+    for index, block in enumerate(blocks):
+        block.context_index = index
+        block.register_forward_pre_hook(_select_layer, with_kwargs=True)
+    return ContextCache([block.attn2 for block in blocks])
+
+
+def _select_layer(block: BasicTransformerBlock, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    contexts = kwargs.get("encoder_hidden_states")
+    # An IP-Adapter brings a tuple too: the text context beside those of the images.
+    if type(contexts) is tuple and isinstance(contexts[0], ContextKV):
+        kwargs = {**kwargs, "encoder_hidden_states": contexts[block.context_index]}
+        return args, kwargs
+    return None
+
+
+def _is_plain(attn: Attention) -> bool:
+    if attn.norm_cross or not getattr(attn.processor, "accepts_context_kv", False):
+        return False
+    # In training mode an adapter may drop out at random, which has to be drawn anew in each step.
+    return not any(isinstance(proj, BaseTunerLayer) and proj.training for proj in (attn.to_k, attn.to_v))
+
+
+def _needs_grad(attn: Attention) -> bool:
+    return any(p.requires_grad for proj in (attn.to_k, attn.to_v) for p in proj.parameters())
+
+
+def _signature(context: torch.Tensor, attn: Attention) -> tuple:
+    kind = context.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return context.shape, context.device, context.dtype, attn.to_k.weight.dtype, autocast
+
+
+def _projection_state(attn: Attention) -> tuple:
+    """What the keys and values of a layer depend on besides the context: weights and adapters."""
+    return tuple(
+        (id(proj), proj.weight._version, _adapter_state(proj) if isinstance(proj, BaseTunerLayer) else None)
+        for proj in (attn.to_k, attn.to_v)
+    )
+
+
+def _adapter_state(layer: BaseTunerLayer) -> tuple:
+    adapters = tuple(layer.active_adapters)
+    weights = tuple(
+        table[name].weight._version
+        for table in (getattr(layer, "lora_A", {}), getattr(layer, "lora_B", {}))
+        for name in adapters
+        if name in table
+    )
+    scaling = tuple(getattr(layer, "scaling", {}).items())
+    return adapters, scaling, weights, tuple(layer.merged_adapters), layer.disable_adapters

@@ -1,0 +1,196 @@
+"""`FastUNet2DConditionModel`: the stock UNet with work that does not change between steps taken out of the step."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+from .attention import FusedQKVAttnProcessor, apply_fusion, convert_attention
+from .context import attach_context_cache
+from .conversion import share_weights
+from .identity import stands_in_for
+
+_MAX_TIME_ROWS = 4096
+
+
+class UNetSample(NamedTuple):
+    """What the fast UNet returns: a tuple of one, whose element also goes by its stock name."""
+
+    sample: torch.Tensor
+
+
+@stands_in_for(UNet2DConditionModel)
+class FastUNet2DConditionModel(UNet2DConditionModel):
+    """SDXL's UNet, equal to the stock one within rounding.
+
+    Made with `from_stock`. `forward` resolves on the host what the graph needs not see: the row of the sinusoidal
+    time embedding, and the cross-attention keys and values of the prompt. What remains is one static region. It
+    returns a tuple by default; `return_dict=True` gives the stock output object.
+
+    Weights, state-dict keys and `save_pretrained` are those of `UNet2DConditionModel`.
+    """
+
+    _repeated_blocks = ["BasicTransformerBlock", "ResnetBlock2D", "Downsample2D", "Upsample2D"]
+
+    @classmethod
+    def from_stock(cls, unet: UNet2DConditionModel) -> FastUNet2DConditionModel:
+        """Make a fast UNet over the weights of a stock one: the same storages, no copy.
+
+        Args:
+            unet: a `UNet2DConditionModel`, also one compiled with `torch.compile` or with adapters loaded. It keeps
+                working. A fast UNet is returned as it is.
+
+        Raises:
+            TypeError: if `unet` is no `UNet2DConditionModel`.
+        """
+        if isinstance(unet, cls):
+            return unet
+        fast = share_weights(unet, UNet2DConditionModel, cls)
+        convert_attention(fast, FusedQKVAttnProcessor())
+        fast.context_cache = attach_context_cache(fast)
+        fast._time_rows = OrderedDict()
+        fast._fuse_wanted = False
+        return fast
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        encoder_hidden_states: torch.Tensor,
+        *args,
+        return_dict: bool = False,
+        **kwargs,
+    ) -> UNetSample | UNet2DConditionOutput:
+        """Predict the noise. Arguments and meaning as in `UNet2DConditionModel.forward`.
+
+        Args:
+            sample: latents, (batch, channels, height, width).
+            timestep: one timestep, or one a sample. A 0-dimensional CPU tensor costs no copy to the device once
+                `prepare_timesteps` has seen it.
+            encoder_hidden_states: prompt embeddings, (batch, tokens, cross_attention_dim).
+            return_dict: False returns a tuple, True the stock output object.
+        """
+        context = encoder_hidden_states
+        if self._may_cache_context(kwargs.get("cross_attention_kwargs")):
+            context = self.context_cache.project(encoder_hidden_states)
+        embedding = self._time_embedding(sample, timestep)
+        (denoised,) = self.denoise(sample, embedding, context, *args, return_dict=False, **kwargs)
+        return UNet2DConditionOutput(sample=denoised) if return_dict else UNetSample(denoised)
+
+    def denoise(self, sample, time_embedding, context, *args, **kwargs) -> tuple[torch.Tensor]:
+        """The part of `forward` that runs on the device alone: what full-graph compilation and capture take."""
+        return super().forward(sample, time_embedding, context, *args, **kwargs)
+
+    def get_time_embed(self, sample: torch.Tensor, timestep: torch.Tensor | float | int) -> torch.Tensor:
+        """Upstream's hook: an embedding that `forward` has already looked up passes through."""
+        if isinstance(timestep, torch.Tensor) and timestep.ndim == 2:
+            return timestep
+        return super().get_time_embed(sample, timestep)
+
+    @torch.no_grad()
+    def prepare_timesteps(self, timesteps: torch.Tensor, device: torch.device, dtype: torch.dtype) -> None:
+        """Put the time embeddings of a schedule on the device before the loop, in one copy.
+
+        Args:
+            timesteps: (steps,), on the CPU.
+            device: where the latents are.
+            dtype: dtype of the latents.
+        """
+        steps = timesteps.tolist()
+        if all((step, device, dtype) in self._time_rows for step in steps):
+            return
+        rows = self.time_proj(timesteps.to(device)).to(dtype)
+        for step, row in zip(steps, rows.split(1), strict=True):
+            self._time_rows[step, device, dtype] = row
+        while len(self._time_rows) > max(_MAX_TIME_ROWS, len(steps)):
+            self._time_rows.popitem(last=False)
+
+    def fuse_qkv_projections(self) -> None:
+        """Fuse every self-attention into one projection, without a second copy of the weights."""
+        self._fuse_wanted = True
+        apply_fusion(self, True)
+
+    def unfuse_qkv_projections(self) -> None:
+        """Go back to separate projections."""
+        self._fuse_wanted = False
+        apply_fusion(self, False)
+
+    def set_attn_processor(self, processor) -> None:
+        """As upstream; layers that get back fastdiff's processor are fused again."""
+        super().set_attn_processor(processor)
+        apply_fusion(self, self._fuse_wanted)
+        self.context_cache.clear()
+
+    def set_default_attn_processor(self) -> None:
+        """As upstream: plain attention everywhere."""
+        super().set_attn_processor(AttnProcessor2_0())
+        super().set_default_attn_processor()
+
+    def free_caches(self) -> None:
+        """Free the cached keys, values and time embeddings; they are made again when needed."""
+        self.context_cache.clear()
+        self._time_rows.clear()
+
+    def load_lora_adapter(self, *args, **kwargs) -> None:
+        """As upstream; layers that get an adapter run with separate projections while it is not fused."""
+        with self._changing_adapters():
+            super().load_lora_adapter(*args, **kwargs)
+
+    def add_adapter(self, *args, **kwargs) -> None:
+        """As upstream; see `load_lora_adapter`."""
+        with self._changing_adapters():
+            super().add_adapter(*args, **kwargs)
+
+    def fuse_lora(self, *args, **kwargs) -> None:
+        """As upstream; written into the shared storage, so that the layers are fused again."""
+        with self._changing_adapters():
+            super().fuse_lora(*args, **kwargs)
+
+    def unfuse_lora(self, *args, **kwargs) -> None:
+        """As upstream; the layers with adapters run with separate projections again."""
+        with self._changing_adapters():
+            super().unfuse_lora(*args, **kwargs)
+
+    def unload_lora(self, *args, **kwargs) -> None:
+        """As upstream; all layers are fused again."""
+        with self._changing_adapters():
+            super().unload_lora(*args, **kwargs)
+
+    def delete_adapters(self, *args, **kwargs) -> None:
+        """As upstream."""
+        with self._changing_adapters():
+            super().delete_adapters(*args, **kwargs)
+
+    @contextmanager
+    def _changing_adapters(self):
+        apply_fusion(self, False)
+        try:
+            yield
+        finally:
+            apply_fusion(self, self._fuse_wanted)
+            self.context_cache.clear()
+
+    def _may_cache_context(self, cross_attention_kwargs: dict | None) -> bool:
+        # A LoRA scale takes effect inside upstream's forward, after this point; an IP-Adapter or a text projection
+        # needs the context itself.
+        scaled = bool(cross_attention_kwargs) and cross_attention_kwargs.get("scale", 1.0) != 1.0
+        if scaled and getattr(self, "peft_config", None):
+            return False
+        return self.encoder_hid_proj is None and self.config.addition_embed_type in (None, "text_time")
+
+    def _time_embedding(self, sample: torch.Tensor, timestep: torch.Tensor | float | int) -> torch.Tensor:
+        if isinstance(timestep, torch.Tensor) and timestep.ndim == 0 and timestep.device.type == "cpu":
+            row = self._time_rows.get((timestep.item(), sample.device, sample.dtype))
+            if row is not None:
+                return row.expand(sample.shape[0], -1)
+        return super().get_time_embed(sample, timestep)
+
+    def _apply(self, fn, recurse: bool = True):
+        self.free_caches()
+        return super()._apply(fn, recurse)
