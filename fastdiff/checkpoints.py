@@ -66,12 +66,18 @@ def check_components(pipeline_class: type, components: dict) -> None:
         )
 
 
-def loading_dtype(config: FastConfig) -> torch.dtype | None:
-    """The dtype to load weights in when the user names none; None leaves it to stock."""
-    if config.dtype == "stock":
-        return None
-    if config.dtype != "auto":
+def loading_dtype(config: FastConfig) -> torch.dtype:
+    """The dtype to load weights in when the user names none.
+
+    Stock's own default is float32. It is named here because transformers keeps the dtype that is stored: a float16
+    checkpoint would otherwise come out half float16 (text encoders), half float32 (UNet, VAE), and not run.
+    """
+    if isinstance(config.dtype, torch.dtype):
         return config.dtype
+    if config.dtype == "stock":
+        return torch.float32
     if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32

@@ -93,12 +93,13 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace, pipe, call: dict) -> int:
+    import torch
     from diffusers import StableDiffusionXLPipeline
 
     from .pictures import psnr, side_by_side
 
-    options = {} if arguments.dtype is None else {"dtype": pipe.unet.dtype}
-    stock = StableDiffusionXLPipeline.from_pretrained(arguments.model, use_safetensors=True, **options)
+    dtype = torch.float32 if arguments.dtype is None else pipe.unet.dtype
+    stock = StableDiffusionXLPipeline.from_pretrained(arguments.model, use_safetensors=True, dtype=dtype)
     stock.to(pipe.device)
     pictures, seconds = {}, {}
     for name, candidate in (("stock", stock), ("fast", pipe)):

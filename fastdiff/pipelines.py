@@ -88,9 +88,7 @@ class FastPipelineMixin:
         config = FastConfig.resolve(fast)
         checkpoints.check_checkpoint(cls, pretrained_model_name_or_path, kwargs)
         if "torch_dtype" not in kwargs and "dtype" not in kwargs:
-            dtype = checkpoints.loading_dtype(config)
-            if dtype is not None:
-                kwargs["dtype"] = dtype
+            kwargs["dtype"] = checkpoints.loading_dtype(config)
         return super().from_pretrained(pretrained_model_name_or_path, fast=config, **kwargs)
 
     @classmethod
