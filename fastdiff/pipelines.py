@@ -26,6 +26,7 @@ class _Calls:
     def __init__(self):
         self.running = threading.Lock()
         self.planning = threading.RLock()
+        self.encoding = threading.RLock()
 
     def __deepcopy__(self, memo: dict) -> _Calls:
         return _Calls()
@@ -119,6 +120,8 @@ class FastPipelineMixin:
         if missing:
             raise ValueError(f"{cls.__qualname__}.from_pipe: pass {', '.join(missing)}; {type(pipeline).__name__} has none.")
         made = cls(**arguments)
+        if isinstance(pipeline, FastPipelineMixin):
+            made._calls.encoding = pipeline._calls.encoding
         made.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
         return made if dtype is None else made.to(dtype)
 
@@ -198,7 +201,7 @@ class FastPipelineMixin:
                 self._calls.running.release()
             return
         view = copy.copy(self)
-        view._calls, view._owner, view._interrupt = _Calls(), weakref.ref(self), False
+        view._owner, view._interrupt = weakref.ref(self), False
         view.scheduler = type(self.scheduler).from_config(self.scheduler.config)
         yield view
 
@@ -207,6 +210,11 @@ class FastPipelineMixin:
         """True once somebody has set `_interrupt`, on the pipeline or on this call's view of it."""
         owner = self._owner() if self._owner is not None else None
         return self._interrupt or (owner is not None and owner._interrupt)
+
+    def encode_prompt(self, *args, **kwargs):
+        """As upstream, one call at a time: tokenizers keep padding and truncation as state of their own."""
+        with self._calls.encoding:
+            return super().encode_prompt(*args, **kwargs)
 
     def prepare_extra_step_kwargs(self, *args, **kwargs) -> dict:
         """Upstream's hook between schedule and loop: put the time embeddings of all steps on the device."""
