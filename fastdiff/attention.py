@@ -111,8 +111,6 @@ class FastAttention(Attention):
             return f"its processor is {type(self.processor).__name__}"
         if self.spatial_norm is not None:
             return "it has a spatial norm"
-        if self.is_fused:
-            return None
         for part in self._parts():
             if isinstance(part, BaseTunerLayer):
                 if not part.merged or set(part.active_adapters) - set(part.merged_adapters):
@@ -126,8 +124,13 @@ class FastAttention(Attention):
 
     @torch.no_grad()
     def fuse(self) -> bool:
-        """Fuse the three projections if nothing speaks against it; returns whether the layer is fused now."""
+        """Fuse the three projections, or go back to separate ones where something speaks against it.
+
+        Returns:
+            Whether the layer is fused now.
+        """
         if self.why_not_fused() is not None:
+            self.unfuse()
             return False
         if self.is_fused:
             return True
@@ -182,7 +185,8 @@ class FastAttention(Attention):
         return result
 
     def _parts(self) -> list[nn.Module]:
-        return [getattr(self, name) for name in _PARTS]
+        """The separate projections; none when `to_qkv` has taken their place."""
+        return [getattr(self, name) for name in _PARTS if hasattr(self, name)]
 
 
 def convert_attention(module: nn.Module, processor: FusedQKVAttnProcessor) -> None:

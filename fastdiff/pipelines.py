@@ -170,7 +170,8 @@ class FastPipelineMixin:
     def _apply_plan(self) -> list[PlanStep]:
         with self._calls.planning:
             # A pipeline that was moved, cast, or given another component gets its plan anew.
-            key = (self.unet.device, self.unet.dtype, id(self.unet), id(self.vae), id(self.scheduler))
+            components = (id(self.unet), id(self.vae), id(self.scheduler))
+            key = (self.unet.device, self.unet.dtype, getattr(self.unet, "revision", None), *components)
             if self._plan_key != key:
                 self._plan = Plan(self.fast_config, self.unet, self.vae, self.scheduler).apply()
                 self._plan_key = key

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
-from .attention import FusedQKVAttnProcessor, apply_fusion, convert_attention
+from .attention import FastAttention, FusedQKVAttnProcessor, apply_fusion, convert_attention
 from .context import attach_context_cache
 from .conversion import share_weights
 from .identity import stands_in_for
@@ -33,7 +33,8 @@ class FastUNet2DConditionModel(UNet2DConditionModel):
     time embedding, and the cross-attention keys and values of the prompt. What remains is one static region. It
     returns a tuple by default; `return_dict=True` gives the stock output object.
 
-    Weights, state-dict keys and `save_pretrained` are those of `UNet2DConditionModel`.
+    Weights, state-dict keys and `save_pretrained` are those of `UNet2DConditionModel`. `revision` counts changes of
+    adapters and processors, after which a plan has to be looked at again.
     """
 
     _repeated_blocks = ["BasicTransformerBlock", "ResnetBlock2D", "Downsample2D", "Upsample2D"]
@@ -55,7 +56,9 @@ class FastUNet2DConditionModel(UNet2DConditionModel):
         convert_attention(fast, FusedQKVAttnProcessor())
         fast.context_cache = attach_context_cache(fast)
         fast._time_rows = OrderedDict()
+        fast._self_attentions = [m for m in fast.modules() if isinstance(m, FastAttention) and not m.is_cross_attention]
         fast._fuse_wanted = False
+        fast.revision = 0
         return fast
 
     def forward(
@@ -76,6 +79,10 @@ class FastUNet2DConditionModel(UNet2DConditionModel):
             encoder_hidden_states: prompt embeddings, (batch, tokens, cross_attention_dim).
             return_dict: False returns a tuple, True the stock output object.
         """
+        if self._fuse_wanted and getattr(self, "peft_config", None):
+            # A pipeline's unfuse_lora() goes past the model and straight to the layers.
+            changed = [attn for attn in self._self_attentions if attn.is_fused != attn.fuse()]
+            self.revision += bool(changed)
         context = encoder_hidden_states
         if self._may_cache_context(kwargs.get("cross_attention_kwargs")):
             context = self.context_cache.project(encoder_hidden_states)
@@ -124,8 +131,7 @@ class FastUNet2DConditionModel(UNet2DConditionModel):
     def set_attn_processor(self, processor) -> None:
         """As upstream; layers that get back fastdiff's processor are fused again."""
         super().set_attn_processor(processor)
-        apply_fusion(self, self._fuse_wanted)
-        self.context_cache.clear()
+        self._after_layer_change()
 
     def set_default_attn_processor(self) -> None:
         """As upstream: plain attention everywhere."""
@@ -173,8 +179,12 @@ class FastUNet2DConditionModel(UNet2DConditionModel):
         try:
             yield
         finally:
-            apply_fusion(self, self._fuse_wanted)
-            self.context_cache.clear()
+            self._after_layer_change()
+
+    def _after_layer_change(self) -> None:
+        apply_fusion(self, self._fuse_wanted)
+        self.context_cache.clear()
+        self.revision += 1
 
     def _may_cache_context(self, cross_attention_kwargs: dict | None) -> bool:
         # A LoRA scale takes effect inside upstream's forward, after this point; an IP-Adapter or a text projection

@@ -1,0 +1,73 @@
+"""Tiny real SDXL pipelines and the comparisons that most tests make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.utils import logging as diffusers_logging
+
+import fastdiff
+from fastdiff import FastConfig, FastStableDiffusionXLPipeline
+
+diffusers_logging.disable_progress_bar()
+
+
+def load_stock(**kwargs) -> StableDiffusionXLPipeline:
+    """A fresh stock pipeline in float32 whose weights nobody shares."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(fastdiff.EMBEDDED_CHECKPOINT, dtype=torch.float32, **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_fast(fast: FastConfig | str = "exact", **kwargs) -> FastStableDiffusionXLPipeline:
+    """A fresh fast pipeline in float32."""
+    pipe = FastStableDiffusionXLPipeline.from_pretrained(
+        fastdiff.EMBEDDED_CHECKPOINT, dtype=torch.float32, fast=fast, **kwargs
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, seed: int = 0, **kwargs) -> torch.Tensor:
+    """Run a pipeline and return its latents (or what `output_type` says)."""
+    call = {
+        "prompt": "a red circle on a blue background",
+        "num_inference_steps": 3,
+        "height": 64,
+        "width": 64,
+        "output_type": "latent",
+        "generator": torch.Generator().manual_seed(seed),
+    }
+    return pipe(**{**call, **kwargs}).images
+
+
+def storage_bytes(module: torch.nn.Module) -> int:
+    """Bytes of all parameters, each storage counted once."""
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in module.parameters()}
+    return sum(storages.values())
+
+
+@pytest.fixture(scope="module")
+def stock() -> StableDiffusionXLPipeline:
+    """A stock pipeline for reference images; tests leave it as it is."""
+    return load_stock()
+
+
+@pytest.fixture(scope="module")
+def exact() -> FastStableDiffusionXLPipeline:
+    """A fast pipeline, preset "exact"; tests leave it as it is."""
+    return load_fast("exact")
+
+
+@pytest.fixture
+def assert_close() -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """Compare latents or images with the project's tolerance for lossless steps in float32."""
+
+    def check(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
+        assert actual.shape == expected.shape
+        assert (actual - expected).abs().max().item() < tolerance
+
+    return check
