@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
 
 from .config import FastConfig
 
@@ -81,3 +82,31 @@ def loading_dtype(config: FastConfig) -> torch.dtype:
     else:
         native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+def check_single_file(path: str | os.PathLike) -> None:
+    """Refuse a single-file checkpoint that is missing, not safetensors, or not SDXL.
+
+    Args:
+        path: a local file; of a link only the ending is looked at.
+
+    Raises:
+        ValueError: with the reason and what to do.
+    """
+    shown = repr(str(path))
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(
+            f"{shown} is not a .safetensors file. Other formats can run code while loading; convert the checkpoint."
+        )
+    if str(path).startswith(("https://", "huggingface.co/", "hf.co/")):
+        return
+    if not Path(path).is_file():
+        raise ValueError(f"{shown} cannot be found: pass a local file or a link to a file of the hub.")
+    with safe_open(path, framework="pt") as file:
+        names = file.keys()
+    if not any(name.startswith("conditioner.embedders.") for name in names):
+        raise ValueError(
+            f"{shown} is no whole SDXL checkpoint in the original layout: it has no 'conditioner.embedders' weights. "
+            "For a checkpoint in the diffusers layout use from_pretrained(); to replace the UNet alone, load it with "
+            "UNet2DConditionModel.from_single_file() and pass it as unet=."
+        )

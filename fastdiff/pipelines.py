@@ -1,227 +1,18 @@
-"""The fast pipelines: load, convert, apply the plan, and leave the call itself to diffusers."""
+"""The SDXL family as fast drop-ins: each class is a stock pipeline with the fast mixin before it."""
 
 from __future__ import annotations
 
-import copy
-import functools
-import inspect
-import threading
-import weakref
-from collections.abc import Iterable
-from contextlib import contextmanager
+from diffusers import (
+    StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLControlNetInpaintPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
 
-import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
-from tqdm.auto import tqdm
-
-from . import checkpoints
-from .config import FastConfig
 from .identity import stands_in_for
-from .plan import Plan, PlanStep, convert_component, format_plan
-
-
-class _Calls:
-    """The locks of a pipeline. A copied or unpickled pipeline gets locks of its own."""
-
-    def __init__(self):
-        self.running = threading.Lock()
-        self.planning = threading.RLock()
-        self.encoding = threading.RLock()
-
-    def __deepcopy__(self, memo: dict) -> _Calls:
-        return _Calls()
-
-    def __reduce__(self):
-        return _Calls, ()
-
-
-class FastPipelineMixin:
-    """What every fast SDXL pipeline adds to its stock class: the `fast` argument, the plan and thread safety.
-
-    Mixed in before a stock pipeline class, whose `__call__` runs unchanged.
-    """
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        # diffusers reads the constructor's signature to tell components from options; the subclass shows that of
-        # its stock class with `fast` added.
-        stock_init = next(base.__init__ for base in cls.__mro__[1:] if base is not FastPipelineMixin)
-        signature = inspect.signature(stock_init)
-        option = inspect.Parameter(
-            "fast", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="FastConfig | str | None"
-        )
-
-        @functools.wraps(stock_init)
-        def __init__(self, *args, fast: FastConfig | str | None = None, **components):
-            config = FastConfig.resolve(fast)
-            bound = signature.bind(self, *args, **components)
-            checkpoints.check_components(type(self), bound.arguments)
-            for name, component in list(bound.arguments.items()):
-                bound.arguments[name] = convert_component(name, component, config)
-            stock_init(*bound.args, **bound.kwargs)
-            self._init_fast(config)
-
-        __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])
-        cls.__init__ = __init__
-
-    def _init_fast(self, config: FastConfig) -> None:
-        self.fast_config = config
-        self._calls = _Calls()
-        self._owner = None
-        self._plan: list[PlanStep] | None = None
-        self._plan_key: tuple | None = None
-
-    # Loading and saving
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *, fast: FastConfig | str | None = None, **kwargs):
-        """Load an SDXL checkpoint as the stock class does, and make it fast.
-
-        Args:
-            pretrained_model_name_or_path: a directory written by `save_pretrained`, or a model id of the hub.
-            fast: a `FastConfig`, a preset's name, or None for the default.
-            kwargs: as in the stock class. Without `torch_dtype`, `FastConfig.dtype` decides. Only safetensors are
-                loaded unless `use_safetensors=False` is given.
-
-        Raises:
-            ValueError: the path is no checkpoint, not SDXL, holds no safetensors, or the preset is unknown.
-        """
-        config = FastConfig.resolve(fast)
-        checkpoints.check_checkpoint(cls, pretrained_model_name_or_path, kwargs)
-        if "torch_dtype" not in kwargs and "dtype" not in kwargs:
-            kwargs["dtype"] = checkpoints.loading_dtype(config)
-        return super().from_pretrained(pretrained_model_name_or_path, fast=config, **kwargs)
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, *, fast: FastConfig | str | None = None, **kwargs):
-        """Make a fast pipeline from any SDXL pipeline, stock or fast, over the same weights.
-
-        Weights keep their dtype and place, and no memory is added. `pipeline` keeps working.
-
-        Args:
-            pipeline: the source.
-            fast: a `FastConfig`, a preset's name, or None for the source's configuration or else the default.
-            kwargs: components or options that replace those of `pipeline`; `torch_dtype` casts.
-
-        Raises:
-            TypeError: `pipeline` is no diffusers pipeline.
-            ValueError: a component that this class needs is missing.
-        """
-        if not isinstance(pipeline, DiffusionPipeline):
-            raise TypeError(f"from_pipe takes a diffusers pipeline, not a {type(pipeline).__name__}.")
-        if fast is None:
-            fast = getattr(pipeline, "fast_config", None)
-        dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
-        required, options = cls._get_signature_keys(cls)
-        source = {**pipeline.config, **pipeline.components}
-        arguments = {name: source[name] for name in [*required, *options] if name in source}
-        arguments.update(kwargs, fast=fast)
-        missing = [name for name in required if name not in arguments and name not in cls._optional_components]
-        if missing:
-            raise ValueError(f"{cls.__qualname__}.from_pipe: pass {', '.join(missing)}; {type(pipeline).__name__} has none.")
-        made = cls(**arguments)
-        if isinstance(pipeline, FastPipelineMixin):
-            made._calls.encoding = pipeline._calls.encoding
-        made.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
-        return made if dtype is None else made.to(dtype)
-
-    # The plan
-
-    @property
-    def plan(self) -> list[PlanStep]:
-        """The ordered steps, applied on first use: `name`, `applied`, `reason`, `lossless`."""
-        return list(self._apply_plan())
-
-    def explain(self) -> str:
-        """A table of what was applied on this machine, what was not, and why; applies the plan if need be."""
-        steps = self._apply_plan()
-        header = f"fastdiff on {self.unet.device} ({str(self.unet.dtype).removeprefix('torch.')})"
-        held = self.unet.context_cache.nbytes if hasattr(self.unet, "context_cache") else 0
-        return format_plan(steps, header) + f"\n  caches hold {held / 2**20:.1f} MiB (pipe.free_caches() frees them)"
-
-    def warmup(
-        self, sizes: Iterable[tuple[int, int]] = ((1024, 1024),), batch_sizes: Iterable[int] = (1,), **kwargs
-    ) -> None:
-        """Compile and fill caches ahead of the first request, with a progress bar.
-
-        Args:
-            sizes: (width, height) in pixels.
-            batch_sizes: images per call.
-            kwargs: passed on to the call, for example `guidance_scale`.
-        """
-        combinations = [(w, h, n) for w, h in sizes for n in batch_sizes]
-        self._apply_plan()
-        shown = dict(getattr(self, "_progress_bar_config", {}))
-        self.set_progress_bar_config(**{**shown, "disable": True})
-        try:
-            for width, height, batch in tqdm(combinations, desc="warm-up", unit="size", disable=shown.get("disable")):
-                self(
-                    prompt=["warm-up"] * batch, width=width, height=height, num_inference_steps=2, output_type="pt",
-                    **kwargs,
-                )
-        finally:
-            self._progress_bar_config = shown
-
-    def free_caches(self) -> None:
-        """Free cached keys, values and time embeddings. They are made again when needed."""
-        if hasattr(self.unet, "free_caches"):
-            self.unet.free_caches()
-
-    def _apply_plan(self) -> list[PlanStep]:
-        with self._calls.planning:
-            # A pipeline that was moved, cast, or given another component gets its plan anew.
-            components = (id(self.unet), id(self.vae), id(self.scheduler))
-            key = (self.unet.device, self.unet.dtype, getattr(self.unet, "revision", None), *components)
-            if self._plan_key != key:
-                self._plan = Plan(self.fast_config, self.unet, self.vae, self.scheduler).apply()
-                self._plan_key = key
-            return self._plan
-
-    # The call
-
-    @torch.no_grad()
-    def __call__(self, *args, **kwargs):
-        with self._owned_call() as pipe:
-            if hasattr(pipe.unet, "context_cache"):
-                # Between calls weights may change in ways that no tensor records; within one they may not.
-                pipe.unet.context_cache.invalidate()
-            return super(FastPipelineMixin, pipe).__call__(*args, **kwargs)
-
-    @contextmanager
-    def _owned_call(self):
-        """Give a call a pipeline whose state is its own.
-
-        The first call runs on the pipeline itself, as in stock. Calls that overlap it run on a view: the same
-        components, with a scheduler and guidance settings of their own.
-        """
-        self._apply_plan()
-        if self._calls.running.acquire(blocking=False):
-            try:
-                yield self
-            finally:
-                self._calls.running.release()
-            return
-        view = copy.copy(self)
-        view._owner, view._interrupt = weakref.ref(self), False
-        view.scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        yield view
-
-    @property
-    def interrupt(self) -> bool:
-        """True once somebody has set `_interrupt`, on the pipeline or on this call's view of it."""
-        owner = self._owner() if self._owner is not None else None
-        return self._interrupt or (owner is not None and owner._interrupt)
-
-    def encode_prompt(self, *args, **kwargs):
-        """As upstream, one call at a time: tokenizers keep padding and truncation as state of their own."""
-        with self._calls.encoding:
-            return super().encode_prompt(*args, **kwargs)
-
-    def prepare_extra_step_kwargs(self, *args, **kwargs) -> dict:
-        """Upstream's hook between schedule and loop: put the time embeddings of all steps on the device."""
-        if hasattr(self.unet, "prepare_timesteps") and self.scheduler.timesteps.device.type == "cpu":
-            self.unet.prepare_timesteps(self.scheduler.timesteps, self._execution_device, self.unet.dtype)
-        return super().prepare_extra_step_kwargs(*args, **kwargs)
+from .mixin import FastPipelineMixin
 
 
 @stands_in_for(StableDiffusionXLPipeline)
@@ -232,3 +23,28 @@ class FastStableDiffusionXLPipeline(FastPipelineMixin, StableDiffusionXLPipeline
         fast: a `FastConfig`, the name of a preset (`"exact"`, `"balanced"`, `"max"`, `"off"`) or None for
             `"balanced"`. All other arguments are those of the stock class.
     """
+
+
+@stands_in_for(StableDiffusionXLImg2ImgPipeline)
+class FastStableDiffusionXLImg2ImgPipeline(FastPipelineMixin, StableDiffusionXLImg2ImgPipeline):
+    """`StableDiffusionXLImg2ImgPipeline` at hardware speed, the SDXL refiner included; see the text-to-image class."""
+
+
+@stands_in_for(StableDiffusionXLInpaintPipeline)
+class FastStableDiffusionXLInpaintPipeline(FastPipelineMixin, StableDiffusionXLInpaintPipeline):
+    """`StableDiffusionXLInpaintPipeline` at hardware speed; see the text-to-image class."""
+
+
+@stands_in_for(StableDiffusionXLControlNetPipeline)
+class FastStableDiffusionXLControlNetPipeline(FastPipelineMixin, StableDiffusionXLControlNetPipeline):
+    """`StableDiffusionXLControlNetPipeline` at hardware speed, its ControlNets included; see the text-to-image class."""
+
+
+@stands_in_for(StableDiffusionXLControlNetImg2ImgPipeline)
+class FastStableDiffusionXLControlNetImg2ImgPipeline(FastPipelineMixin, StableDiffusionXLControlNetImg2ImgPipeline):
+    """`StableDiffusionXLControlNetImg2ImgPipeline` at hardware speed; see the text-to-image class."""
+
+
+@stands_in_for(StableDiffusionXLControlNetInpaintPipeline)
+class FastStableDiffusionXLControlNetInpaintPipeline(FastPipelineMixin, StableDiffusionXLControlNetInpaintPipeline):
+    """`StableDiffusionXLControlNetInpaintPipeline` at hardware speed; see the text-to-image class."""

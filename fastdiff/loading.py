@@ -1,0 +1,93 @@
+"""Loading a fast pipeline: from a directory or model id, from one file, or from another pipeline."""
+
+from __future__ import annotations
+
+import os
+
+from diffusers import DiffusionPipeline
+
+from . import checkpoints
+from .config import FastConfig
+
+
+class FastLoadingMixin:
+    """`from_pretrained`, `from_single_file` and `from_pipe` with the `fast` argument."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *, fast: FastConfig | str | None = None, **kwargs):
+        """Load an SDXL checkpoint as the stock class does, and make it fast.
+
+        Args:
+            pretrained_model_name_or_path: a directory written by `save_pretrained`, or a model id of the hub.
+            fast: a `FastConfig`, a preset's name, or None for the default.
+            kwargs: as in the stock class. Without `torch_dtype`, `FastConfig.dtype` decides. Only safetensors are
+                loaded unless `use_safetensors=False` is given.
+
+        Raises:
+            ValueError: the path is no checkpoint, not SDXL, holds no safetensors, or the preset is unknown.
+        """
+        config = FastConfig.resolve(fast)
+        checkpoints.check_checkpoint(cls, pretrained_model_name_or_path, kwargs)
+        _choose_dtype(config, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, fast=config, **kwargs)
+
+    @classmethod
+    def from_single_file(
+        cls, pretrained_model_link_or_path: str | os.PathLike, *, fast: FastConfig | str | None = None, **kwargs
+    ):
+        """Load one safetensors file in Stability AI's original layout, as the stock class does, and make it fast.
+
+        Args:
+            pretrained_model_link_or_path: a local file, or a link to a file of the hub.
+            fast: a `FastConfig`, a preset's name, or None for the default.
+            kwargs: as in the stock class. Without `torch_dtype`, `FastConfig.dtype` decides. `config` names a local
+                directory in the diffusers layout whose configurations and tokenizers are taken; without it they
+                come from the hub.
+
+        Raises:
+            ValueError: the file does not exist, is not safetensors, or is not SDXL.
+        """
+        config = FastConfig.resolve(fast)
+        checkpoints.check_single_file(pretrained_model_link_or_path)
+        _choose_dtype(config, kwargs)
+        return super().from_single_file(str(pretrained_model_link_or_path), fast=config, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, *, fast: FastConfig | str | None = None, **kwargs):
+        """Make a fast pipeline from any SDXL pipeline, stock or fast, over the same weights.
+
+        Weights keep their dtype and place, and no memory is added. `pipeline` keeps working. From a fast pipeline
+        the very same components are taken, with what is compiled and cached.
+
+        Args:
+            pipeline: the source.
+            fast: a `FastConfig`, a preset's name, or None for the source's configuration or else the default.
+            kwargs: components or options that replace those of `pipeline`; `torch_dtype` casts.
+
+        Raises:
+            TypeError: `pipeline` is no diffusers pipeline.
+            ValueError: a component that this class needs is missing.
+        """
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise TypeError(f"from_pipe takes a diffusers pipeline, not a {type(pipeline).__name__}.")
+        if fast is None:
+            fast = getattr(pipeline, "fast_config", None)
+        dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
+        required, options = cls._get_signature_keys(cls)
+        source = {**pipeline.config, **pipeline.components}
+        arguments = {name: source[name] for name in [*required, *options] if name in source}
+        arguments.update(kwargs, fast=fast)
+        missing = [name for name in required if name not in arguments and name not in cls._optional_components]
+        if missing:
+            raise ValueError(f"{cls.__qualname__}.from_pipe: pass {', '.join(missing)}; {type(pipeline).__name__} has none.")
+        made = cls(**arguments)
+        made.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        if isinstance(pipeline, FastLoadingMixin) and made.scheduler is pipeline.scheduler:
+            # Two pipelines over one scheduler: calls that overlap are told apart as those of one pipeline are.
+            made._calls = pipeline._calls
+        return made if dtype is None else made.to(dtype)
+
+
+def _choose_dtype(config: FastConfig, kwargs: dict) -> None:
+    if "torch_dtype" not in kwargs and "dtype" not in kwargs:
+        kwargs["dtype"] = checkpoints.loading_dtype(config)
