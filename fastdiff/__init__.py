@@ -13,6 +13,7 @@ EMBEDDED_CHECKPOINT: str = str(Path(__file__).parent / "shapes" / "checkpoint")
 _HOMES = {
     "FastAutoencoderKL": "vae",
     "FastConfig": "config",
+    "FastControlNetModel": "controlnet",
     "FastDDIMScheduler": "schedulers",
     "FastDPMSolverMultistepScheduler": "schedulers",
     "FastEulerAncestralDiscreteScheduler": "schedulers",
@@ -29,6 +30,7 @@ _HOMES = {
     "FastUNet2DConditionModel": "unet",
     "FastUniPCMultistepScheduler": "schedulers",
     "FusedQKVAttnProcessor": "attention",
+    "NonFiniteError": "finite",
     "PlanStep": "plan",
     "fast_scheduler": "schedulers",
 }

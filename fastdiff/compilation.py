@@ -31,34 +31,41 @@ def choose_compile(requested: str, module: nn.Module, device: torch.device) -> C
     return CompileChoice("regional", f"repeated blocks on {device.type}")
 
 
-def apply_compilation(unet: nn.Module, vae: nn.Module, mode: str) -> int:
-    """Compile UNet and VAE in place. Nothing is compiled before the first call.
+def apply_compilation(model: nn.Module, mode: str) -> int:
+    """Compile a UNet, ControlNet or VAE in place. Nothing is compiled before the first call.
 
     Args:
         mode: `"regional"`: each block class of `_repeated_blocks` is compiled once and serves all its instances.
-            `"full"`: the UNet's `denoise` and the VAE's decoder are one graph each.
+            `"full"`: the UNet's `denoise`, a ControlNet's `condition` and the VAE's decoder are one graph each.
 
     Returns:
         The number of compiled regions.
     """
-    undo_compilation(unet, vae)
+    undo_compilation(model)
     if mode == "full":
-        targets = [(unet, "denoise"), (vae.decoder, "forward")]
+        targets = [_whole(model)]
     else:
-        targets = [(block, "forward") for model in (unet, vae) for block in repeated_blocks(model)]
+        targets = [(block, "forward") for block in repeated_blocks(model)]
     for module, method in targets:
         # `forward` is compiled rather than the call: hooks (the choice of the layer's context, offloading) stay
         # outside of the graph.
         setattr(module, method, torch.compile(getattr(module, method), fullgraph=True))
+        module._compiled_method = method
     return len(targets)
 
 
-def undo_compilation(unet: nn.Module, vae: nn.Module) -> None:
-    """Take off what `apply_compilation` put on."""
-    for model in (unet, vae):
-        for module in model.modules():
-            module.__dict__.pop("forward", None)
-        model.__dict__.pop("denoise", None)
+def undo_compilation(model: nn.Module) -> None:
+    """Take off what `apply_compilation` put on, and nothing else: offloading keeps its own `forward` on modules."""
+    for module in model.modules():
+        method = module.__dict__.pop("_compiled_method", None)
+        module.__dict__.pop(method, None)
+
+
+def _whole(model: nn.Module) -> tuple[nn.Module, str]:
+    for method in ("denoise", "condition"):
+        if hasattr(model, method):
+            return model, method
+    return model.decoder, "forward"
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:

@@ -45,6 +45,10 @@ class FastConfig:
         dtype: dtype that weights are loaded in: `"auto"` takes bfloat16 where the device computes it natively,
             `"stock"` what the stock class would take, or a torch dtype. An explicit `torch_dtype` of
             `from_pretrained` always wins.
+        guidance_interval: lossy. Classifier-free guidance only from the first to the second of these fractions of
+            the steps, for example `(0.1, 0.8)`; outside of it the UNet does half the work.
+        deep_cache_interval: lossy. The UNet's inner blocks run in every n-th step only, for example 2 or 3; not with
+            `compile="full"` or `cuda_graphs=True`, which take the UNet as one piece.
 
     Raises:
         TypeError: a field that does not exist.
@@ -59,6 +63,8 @@ class FastConfig:
     host_schedule: bool = True
     cuda_graphs: str | bool = "auto"
     dtype: str | torch.dtype = "auto"
+    guidance_interval: tuple[float, float] | None = None
+    deep_cache_interval: int | None = None
 
     def __post_init__(self) -> None:
         _check_choice("compile", self.compile, COMPILE_MODES)
@@ -70,6 +76,13 @@ class FastConfig:
             raise ValueError(f'FastConfig.cuda_graphs must be "auto", True or False, not {self.cuda_graphs!r}.')
         if self.dtype not in ("auto", "stock") and not isinstance(self.dtype, torch.dtype):
             raise ValueError(f'FastConfig.dtype must be "auto", "stock" or a torch.dtype, not {self.dtype!r}.')
+        _check_guidance_interval(self.guidance_interval)
+        _check_deep_cache_interval(self.deep_cache_interval)
+        if self.deep_cache_interval is not None and (self.compile == "full" or self.cuda_graphs is True):
+            raise ValueError(
+                "FastConfig.deep_cache_interval does not go with compile='full' or cuda_graphs=True, which take the "
+                "UNet as one piece; use compile='regional' and cuda_graphs=False."
+            )
 
     @classmethod
     def preset(cls, name: str, **overrides: object) -> FastConfig:
@@ -113,6 +126,21 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         listed = ", ".join(repr(choice) for choice in choices)
         label = "Unknown preset" if name == "preset" else f"Unknown value for FastConfig.{name}:"
         raise ValueError(f"{label} {value!r}; choose one of {listed}.{_suggest(str(value), choices)}")
+
+
+def _check_guidance_interval(value: object) -> None:
+    if value is None:
+        return
+    is_pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(x, int | float) for x in value)
+    if not is_pair or not 0.0 <= value[0] < value[1] <= 1.0:
+        raise ValueError(
+            f"FastConfig.guidance_interval must be None or a pair (start, end) with 0 <= start < end <= 1, not {value!r}."
+        )
+
+
+def _check_deep_cache_interval(value: object) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 2):
+        raise ValueError(f"FastConfig.deep_cache_interval must be None or an integer of 2 or more, not {value!r}.")
 
 
 def _suggest(word: str, known) -> str:

@@ -6,17 +6,25 @@ import copy
 import functools
 import inspect
 import threading
+import warnings
 import weakref
 from collections.abc import Iterable
 from contextlib import contextmanager
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 from tqdm.auto import tqdm
 
 from . import checkpoints
 from .config import FastConfig
+from .controlnet import FastControlNetModel, fast_controlnets
+from .finite import CheckedImageProcessor, FiniteCheck, NonFiniteError
+from .guidance_interval import GuidanceInterval
 from .loading import FastLoadingMixin
+from .loop import DenoisingLoop
 from .plan import Plan, PlanStep, convert_component, format_plan
+from .unet import FastUNet2DConditionModel
 
 
 class _Calls:
@@ -63,12 +71,28 @@ class FastPipelineMixin(FastLoadingMixin):
         __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])
         cls.__init__ = __init__
 
+        @functools.wraps(super(FastPipelineMixin, cls).__call__)
+        def __call__(self, *args, **kwargs):
+            return FastPipelineMixin.__call__(self, *args, **kwargs)
+
+        # So that the call, too, shows the arguments of its stock class.
+        cls.__call__ = __call__
+
     def _init_fast(self, config: FastConfig) -> None:
         self.fast_config = config
         self._calls = _Calls()
         self._owner = None
         self._plan: list[PlanStep] | None = None
         self._plan_key: tuple | None = None
+        self._unread: FiniteCheck | None = None
+        if not config.is_off and type(self.image_processor) is VaeImageProcessor:
+            self.image_processor = CheckedImageProcessor.from_config(self.image_processor.config)
+
+    def __setattr__(self, name: str, value) -> None:
+        # `pipe.scheduler = LCMScheduler.from_config(...)` and the like get their fast twins as in the constructor.
+        if "fast_config" in self.__dict__:
+            value = convert_component(name, value, self.fast_config)
+        super().__setattr__(name, value)
 
     # The plan
 
@@ -80,14 +104,16 @@ class FastPipelineMixin(FastLoadingMixin):
     def explain(self) -> str:
         """A table of what was applied on this machine, what was not, and why; applies the plan if need be."""
         steps = self._apply_plan()
-        header = f"fastdiff on {self.unet.device} ({str(self.unet.dtype).removeprefix('torch.')})"
-        held = self.unet.context_cache.nbytes if hasattr(self.unet, "context_cache") else 0
+        header = f"fastdiff on {self._execution_device} ({str(self.unet.dtype).removeprefix('torch.')})"
+        held = sum(model.context_cache.nbytes for model in self._denoisers())
         return format_plan(steps, header) + f"\n  caches hold {held / 2**20:.1f} MiB (pipe.free_caches() frees them)"
 
     def warmup(
         self, sizes: Iterable[tuple[int, int]] = ((1024, 1024),), batch_sizes: Iterable[int] = (1,), **kwargs
     ) -> None:
         """Compile and fill caches ahead of the first request, with a progress bar.
+
+        Pictures, masks and control pictures that the pipeline takes are black ones unless `kwargs` has them.
 
         Args:
             sizes: (width, height) in pixels.
@@ -100,37 +126,82 @@ class FastPipelineMixin(FastLoadingMixin):
         self.set_progress_bar_config(**{**shown, "disable": True})
         try:
             for width, height, batch in tqdm(combinations, desc="warm-up", unit="size", disable=shown.get("disable")):
-                self(
-                    prompt=["warm-up"] * batch, width=width, height=height, num_inference_steps=2, output_type="pt",
-                    **kwargs,
-                )
+                self(**{**self._warmup_call(width, height, batch), **kwargs})
         finally:
             self._progress_bar_config = shown
 
+    def _warmup_call(self, width: int, height: int, batch: int) -> dict:
+        interval = self.fast_config.guidance_interval
+        steps = 2 if interval is None else GuidanceInterval(*interval).warmup_steps()
+        black = Image.new("RGB", (width, height))
+        control = [black] * len(nets) if (nets := getattr(getattr(self, "controlnet", None), "nets", None)) else black
+        accepted = inspect.signature(self.__call__).parameters
+        call = {"width": width, "height": height, "image": black, "mask_image": black, "strength": 1.0}
+        call["control_image" if "control_image" in accepted else "image"] = control
+        call = {name: value for name, value in call.items() if name in accepted}
+        return {"prompt": ["warm-up"] * batch, "num_inference_steps": steps, "output_type": "pt", **call}
+
     def free_caches(self) -> None:
         """Free cached keys, values and time embeddings. They are made again when needed."""
-        if hasattr(self.unet, "free_caches"):
-            self.unet.free_caches()
+        for model in self._denoisers():
+            model.free_caches()
+
+    def _denoisers(self) -> list[FastUNet2DConditionModel | FastControlNetModel]:
+        """The fast models that run in each step; none with preset "off"."""
+        unet = [self.unet] if isinstance(self.unet, FastUNet2DConditionModel) else []
+        return unet + fast_controlnets(getattr(self, "controlnet", None))
 
     def _apply_plan(self) -> list[PlanStep]:
         with self._calls.planning:
-            # A pipeline that was moved, cast, or given another component gets its plan anew.
-            components = (id(self.unet), id(self.vae), id(self.scheduler))
-            key = (self.unet.device, self.unet.dtype, getattr(self.unet, "revision", None), *components)
+            # A pipeline that was moved, cast, offloaded, or given another component gets its plan anew.
+            components = (self.unet, self.vae, self.scheduler, getattr(self, "controlnet", None))
+            state = (self.unet.device, self.unet.dtype, getattr(self.unet, "revision", None), self._execution_device)
+            key = (*state, hasattr(self.unet, "_diffusers_hook"), *map(id, components))
             if self._plan_key != key:
-                self._plan = Plan(self.fast_config, self.unet, self.vae, self.scheduler).apply()
+                self._plan = self._new_plan().apply()
                 self._plan_key = key
             return self._plan
+
+    def _new_plan(self) -> Plan:
+        controlnets = fast_controlnets(getattr(self, "controlnet", None))
+        device = self._execution_device
+        return Plan(self.fast_config, self.unet, self.vae, self.scheduler, controlnets, device)
+
+    def enable_sequential_cpu_offload(self, *args, **kwargs) -> None:
+        """As upstream. Weights are fused before they are moved away; nothing is compiled or quantized any more."""
+        self._new_plan().prepare_offload()
+        super().enable_sequential_cpu_offload(*args, **kwargs)
+
+    def enable_group_offload(self, *args, **kwargs) -> None:
+        """As upstream. Weights are fused before they are moved away; nothing is compiled or quantized any more."""
+        self._new_plan().prepare_offload()
+        super().enable_group_offload(*args, **kwargs)
 
     # The call
 
     @torch.no_grad()
     def __call__(self, *args, **kwargs):
-        with self._owned_call() as pipe:
-            if hasattr(pipe.unet, "context_cache"):
+        with self._owned_call() as pipe, FiniteCheck() as check:
+            for model in pipe._denoisers():
                 # Between calls weights may change in ways that no tensor records; within one they may not.
-                pipe.unet.context_cache.invalidate()
-            return super(FastPipelineMixin, pipe).__call__(*args, **kwargs)
+                model.context_cache.invalidate()
+            output = super(FastPipelineMixin, pipe).__call__(*args, **kwargs)
+            if not self.fast_config.is_off:
+                self._report_non_finite(check, output[0])
+            return output
+
+    def _report_non_finite(self, check: FiniteCheck, images) -> None:
+        adapters = list(getattr(self.unet, "peft_config", ()))
+        previous, self._unread = self._unread, None
+        if previous is not None and (reason := previous.explanation(adapters)):
+            warnings.warn(f"In the previous call: {reason}", RuntimeWarning, stacklevel=3)
+        if isinstance(images, torch.Tensor) and not check.has_notes:
+            check.note("latents", images)
+        if isinstance(images, torch.Tensor) and images.device.type != "cpu":
+            # The result stays on the device: looking now would wait for it.
+            self._unread = check
+        elif reason := check.explanation(adapters):
+            raise NonFiniteError(reason)
 
     @contextmanager
     def _owned_call(self):
@@ -164,6 +235,12 @@ class FastPipelineMixin(FastLoadingMixin):
 
     def prepare_extra_step_kwargs(self, *args, **kwargs) -> dict:
         """Upstream's hook between schedule and loop: put the time embeddings of all steps on the device."""
-        if hasattr(self.unet, "prepare_timesteps") and self.scheduler.timesteps.device.type == "cpu":
-            self.unet.prepare_timesteps(self.scheduler.timesteps, self._execution_device, self.unet.dtype)
+        if self.scheduler.timesteps.device.type == "cpu":
+            for model in self._denoisers():
+                model.prepare_timesteps(self.scheduler.timesteps, self._execution_device, model.dtype)
         return super().prepare_extra_step_kwargs(*args, **kwargs)
+
+    def progress_bar(self, iterable=None, total: int | None = None):
+        """Upstream's hook around the loop: a bar that also tells where the loop is."""
+        bar = super().progress_bar(iterable, total)
+        return bar if total is None else DenoisingLoop(self, bar, total)

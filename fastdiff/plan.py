@@ -9,6 +9,7 @@ This is the only file that knows the order:
     context cache    reads the projections as they are in the end; holds no weights
     quantize         before compiling, so that the graph contains the quantized kernels
     compile          last on the weights' side: what changes afterwards would recompile
+    lossy options    hooks around the models and around whole blocks, which must wrap compiled code
     capture          around everything, over compiled code
 """
 
@@ -18,9 +19,13 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention import apply_fusion
+from .attention import FastAttention, apply_fusion
 from .compilation import apply_compilation, choose_compile, undo_compilation
 from .config import FastConfig
+from .controlnet import convert_controlnet
+from .deep_cache import apply_deep_cache
+from .guidance_interval import apply_guidance_interval
+from .offload import inner_offloading
 from .quantization import apply_quantization, choose_quantization
 from .schedulers import fast_scheduler
 from .unet import FastUNet2DConditionModel
@@ -59,30 +64,65 @@ def convert_component(name: str, component, config: FastConfig):
         return FastUNet2DConditionModel.from_stock(component)
     if name == "vae" and type(component) in (FastAutoencoderKL, *FastAutoencoderKL.__bases__):
         return FastAutoencoderKL.from_stock(component)
+    if name == "controlnet":
+        return convert_controlnet(component)
     if name == "scheduler" and config.host_schedule:
         return fast_scheduler(component)
     return component
 
 
 class Plan:
-    """The ordered steps for one pipeline: decided once for its device, applied once, then only read."""
+    """The ordered steps for one pipeline: decided once for its device, applied once, then only read.
 
-    def __init__(self, config: FastConfig, unet, vae, scheduler):
+    Args:
+        device: where the models run, which with offloading is not where they are.
+        controlnets: fast ControlNets, treated as the UNet is.
+    """
+
+    def __init__(self, config: FastConfig, unet, vae, scheduler, controlnets=(), device=None):
         self.config, self.unet, self.vae, self.scheduler = config, unet, vae, scheduler
+        self.controlnets, self.device = list(controlnets), device or unet.device
+        self.denoisers = [unet, *self.controlnets]
 
     def apply(self) -> list[PlanStep]:
         """Apply every step that is not yet in place, in order; returns all steps."""
         if self.config.is_off:
             return [PlanStep("convert", False, 'preset "off": the stock classes stay in place')]
+        # Its hooks wrap what compiling replaces.
+        apply_deep_cache(self.unet, None)
+        names = "UNet, ControlNet and VAE" if self.controlnets else "UNet and VAE"
         return [
-            PlanStep("convert", True, "UNet and VAE share the stock weights"),
+            PlanStep("convert", True, f"{names} share the stock weights"),
             self._host_schedule(),
-            self._channels_last(),
-            self._fuse(),
+            *self._weights(),
             self._context_cache(),
             self._quantize(),
             self._compile(),
+            self._guidance_interval(),
+            self._deep_cache(),
             self._capture(),
+        ]
+
+    def prepare_offload(self) -> None:
+        """Do what has to be done before single layers are moved in and out: join weights, take off compiled code."""
+        if not self.config.is_off:
+            apply_deep_cache(self.unet, None)
+            self._weights()
+            for model in (*self.denoisers, self.vae):
+                undo_compilation(model)
+                model.compiled_mode = ("off", 0)
+
+    def _weights(self) -> list[PlanStep]:
+        offloading = inner_offloading(self.unet)
+        if offloading is None:
+            return [self._channels_last(), self._fuse()]
+        layers = [m for model in self.denoisers for m in model.modules() if isinstance(m, FastAttention)]
+        fused = sum(layer.is_fused for layer in layers)
+        strides = self.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+        reason = f"as it was when {offloading} was switched on"
+        return [
+            PlanStep("channels_last", strides, reason),
+            PlanStep("fuse_qkv", fused > 0, f"{fused} self-attention layers; {reason}"),
         ]
 
     def _host_schedule(self) -> PlanStep:
@@ -95,62 +135,86 @@ class Plan:
 
     def _channels_last(self) -> PlanStep:
         wanted = self.config.channels_last
-        for model in (self.unet, self.vae):
+        for model in (*self.denoisers, self.vae):
             model.to(memory_format=torch.channels_last if wanted else torch.contiguous_format)
         return PlanStep("channels_last", wanted, "convolutions" if wanted else _OFF.format("channels_last"))
 
     def _fuse(self) -> PlanStep:
         name = "fuse_qkv"
         if not self.config.fuse_qkv:
-            for model in (self.unet, self.vae):
+            for model in (*self.denoisers, self.vae):
                 apply_fusion(model, False)
             return PlanStep(name, False, _OFF.format(name))
-        self.unet.fuse_qkv_projections()
-        fused, left = apply_fusion(self.unet, True)
-        if isinstance(self.vae, FastAutoencoderKL):
-            self.vae.fuse_qkv_projections()
-            in_vae, left_in_vae = apply_fusion(self.vae, True)
-            fused, left = fused + in_vae, {**left, **left_in_vae}
+        fused, left = 0, {}
+        for model in (*self.denoisers, *([self.vae] if isinstance(self.vae, FastAutoencoderKL) else [])):
+            model.fuse_qkv_projections()
+            in_model, left_in_model = apply_fusion(model, True)
+            fused, left = fused + in_model, {**left, **left_in_model}
         reason = f"{fused} self-attention layers" if fused else "no self-attention layer"
         for why, count in left.items():
             reason += f"; {count} separate: {why}"
         return PlanStep(name, fused > 0, reason)
 
     def _context_cache(self) -> PlanStep:
-        cache = self.unet.context_cache
-        cache.enabled = self.config.context_cache
-        if not cache.enabled:
-            cache.clear()
+        for model in self.denoisers:
+            model.context_cache.enabled = self.config.context_cache
+            if not self.config.context_cache:
+                model.context_cache.clear()
+        if not self.config.context_cache:
             return PlanStep("context_cache", False, _OFF.format("context_cache"))
-        return PlanStep("context_cache", True, f"keys and values of {len(cache.layers)} layers once per prompt")
+        layers = sum(len(model.context_cache.layers) for model in self.denoisers)
+        return PlanStep("context_cache", True, f"keys and values of {layers} layers once per prompt")
 
     def _quantize(self) -> PlanStep:
         name = "quantize"
-        done = getattr(self.unet, "quantized_scheme", None)
-        choice = choose_quantization(self.config.quantization, self.unet.device, self.unet.dtype)
-        if done is None and choice.scheme is not None:
-            taken, left = apply_quantization(self.unet, choice.scheme)
-            self.unet.quantized_scheme = (choice.scheme, f"{taken} linear layers, {left} left; {choice.reason}")
-            done = self.unet.quantized_scheme
-        if done is None:
-            return PlanStep(name, False, choice.reason, lossless=False)
-        return PlanStep(name, True, f"{done[0]}: {done[1]}", lossless=False)
+        choice = choose_quantization(self.config.quantization, self.device, self.unet.dtype)
+        offloading = inner_offloading(self.unet)
+        for model in self.denoisers:
+            if choice.scheme is None or offloading is not None or getattr(model, "quantized_scheme", None) is not None:
+                continue
+            taken, left = apply_quantization(model, choice.scheme)
+            model.quantized_scheme = (choice.scheme, taken, left, choice.reason)
+        done = [model.quantized_scheme for model in self.denoisers if getattr(model, "quantized_scheme", None)]
+        if not done:
+            reason = choice.reason if choice.scheme is None or offloading is None else f"not with {offloading}"
+            return PlanStep(name, False, reason, lossless=False)
+        scheme, _, _, reason = done[0]
+        taken, left = sum(entry[1] for entry in done), sum(entry[2] for entry in done)
+        return PlanStep(name, True, f"{scheme}: {taken} linear layers, {left} left; {reason}", lossless=False)
 
     def _compile(self) -> PlanStep:
-        choice = choose_compile(self.config.compile, self.unet, self.unet.device)
-        done = getattr(self.unet, "compiled_mode", ("off", 0))
-        if choice.mode != done[0]:
-            undo_compilation(self.unet, self.vae)
-            regions = 0 if choice.mode == "off" else apply_compilation(self.unet, self.vae, choice.mode)
-            self.unet.compiled_mode = done = (choice.mode, regions)
+        choice = choose_compile(self.config.compile, self.unet, self.device)
+        offloading = inner_offloading(self.unet)
+        if choice.mode != "off" and offloading is not None:
+            return PlanStep("compile", False, f"{offloading} moves weights inside of the regions")
+        for model in (*self.denoisers, self.vae):
+            if getattr(model, "compiled_mode", ("off", 0))[0] != choice.mode:
+                undo_compilation(model)
+                regions = 0 if choice.mode == "off" else apply_compilation(model, choice.mode)
+                model.compiled_mode = (choice.mode, regions)
         if choice.mode == "off":
             return PlanStep("compile", False, choice.reason)
-        return PlanStep("compile", True, f"{choice.mode}, {done[1]} regions: {choice.reason}")
+        regions = sum(model.compiled_mode[1] for model in (*self.denoisers, self.vae))
+        return PlanStep("compile", True, f"{choice.mode}, {regions} regions: {choice.reason}")
+
+    def _guidance_interval(self) -> PlanStep:
+        name, interval = "guidance_interval", self.config.guidance_interval
+        apply_guidance_interval(self.unet, self.controlnets, interval)
+        if interval is None:
+            return PlanStep(name, False, "opt-in: FastConfig.guidance_interval", lossless=False)
+        return PlanStep(name, True, "guidance from {:.0%} to {:.0%} of the steps".format(*interval), lossless=False)
+
+    def _deep_cache(self) -> PlanStep:
+        name, interval = "deep_cache", self.config.deep_cache_interval
+        blocks = apply_deep_cache(self.unet, interval)
+        if interval is None:
+            return PlanStep(name, False, "opt-in: FastConfig.deep_cache_interval", lossless=False)
+        return PlanStep(name, True, f"{blocks} inner blocks of the UNet in every {interval}. step", lossless=False)
 
     def _capture(self) -> PlanStep:
         if self.config.cuda_graphs is False:
             return PlanStep("cuda_graphs", False, _OFF.format("cuda_graphs"))
-        return PlanStep("cuda_graphs", False, f"not available on {self.unet.device.type} in this version")
+        return PlanStep("cuda_graphs", False, f"not available on {self.device.type} in this version")
 
 
 def _is_fast(scheduler) -> bool:

@@ -202,5 +202,6 @@ class FastUNet2DConditionModel(UNet2DConditionModel):
         return super().get_time_embed(sample, timestep)
 
     def _apply(self, fn, recurse: bool = True):
-        self.free_caches()
+        # Time embeddings hold no weights: an offloaded UNet, moved in at the first step, keeps them.
+        self.context_cache.clear()
         return super()._apply(fn, recurse)

@@ -11,6 +11,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
 from .attention import FusedQKVAttnProcessor, apply_fusion, convert_attention
 from .conversion import share_weights
+from .finite import note_finite
 from .identity import stands_in_for
 
 
@@ -59,6 +60,7 @@ class FastAutoencoderKL(AutoencoderKL):
         self, z: torch.Tensor, return_dict: bool = False, generator: torch.Generator | None = None
     ) -> DecodedImage | DecoderOutput:
         """Decode unscaled latents, (batch, latent_channels, height / 8, width / 8), to images in [-1, 1]."""
+        note_finite("latents", z)
         output = super().decode(z, return_dict=True, generator=generator)
         return output if return_dict else DecodedImage(output.sample)
 
