@@ -1,9 +1,9 @@
 """The host side of a schedule: timesteps, sigmas and every coefficient stay on the CPU, whatever the device.
 
 A stock scheduler waits for the device only because part of its schedule lives there. Kept on the host, the
-stock `step` reads its coefficients as 0-dimensional CPU tensors, which enter device kernels as plain arguments:
-no copy, no wait, the same dtype rules. So no `step` is copied here; stock methods are wrapped, and the few that
-would move a table to the device are asked for their weights instead (see `linear.py`).
+stock `step` reads its coefficients as 0-dimensional CPU tensors, which enter device kernels as plain
+arguments: no copy, no wait, the same dtype rules. So no `step` is copied here; stock methods are wrapped, and
+the few that would move a table to the device are asked for their weights instead (see `linear.py`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from diffusers import SchedulerMixin
 
 from ..identity import stands_in_for
 from .linear import StepWeights, plan_step_weights
+from .noise import noise_without_wait
 
 T = TypeVar("T", bound=type)
 S = TypeVar("S", bound="HostSchedule")
 
 
 class HostSchedule:
-    """Mixin over a stock scheduler: what the stock class has not. `keeps_schedule_on_host` wraps what it has."""
+    """Mixin over a stock scheduler: what that has not. `keeps_schedule_on_host` wraps what it has."""
 
     _stock: type[SchedulerMixin]
     # Attributes in which the stock class keeps device tensors from one step to the next.
@@ -48,12 +49,11 @@ class HostSchedule:
         if type(scheduler) is not cls._stock:
             raise TypeError(
                 f"{cls.__qualname__}.from_stock takes a {cls._stock.__name__}, not a "
-                f"{type(scheduler).__qualname__}. Use {cls.__qualname__}.from_config(scheduler.config) to take "
-                f"its configuration alone."
+                f"{type(scheduler).__qualname__}. Use from_config(scheduler.config) for its options."
             )
         fast = cls.__new__(cls)
         for name, value in copy.deepcopy(vars(scheduler)).items():
-            # Tables have one dimension; what has more is a sample of a call under way, and stays on its device.
+            # Tables have one dimension; what has more is a sample of a call under way.
             is_table = isinstance(value, torch.Tensor) and value.ndim <= 1
             fast.__dict__[name] = value.cpu() if is_table else value
         return fast
@@ -93,7 +93,7 @@ def _blank_twin(stock: type) -> HostSchedule:
 
 
 def keeps_schedule_on_host(stock: type[SchedulerMixin]) -> Callable[[T], T]:
-    """Class decorator: wrap the stock methods that touch the schedule, with their signatures, and register."""
+    """Class decorator: wrap the stock methods that touch the schedule; diffusers reads their signatures."""
 
     def convert(cls: T) -> T:
         cls._stock = stock
@@ -139,7 +139,8 @@ def _wrap_step(stock: Callable) -> Callable:
                 f"timestep {timestep!r} is not in the schedule: pass an element of `scheduler.timesteps`, "
                 f"which lie between 0 and {self.config.num_train_timesteps - 1}."
             )
-        return stock(self, model_output, timestep, sample, *args, **kwargs)
+        with noise_without_wait(kwargs.get("generator"), model_output.device):
+            return stock(self, model_output, timestep, sample, *args, **kwargs)
 
     return step
 

@@ -1,8 +1,8 @@
 """A step as a weighted sum of tensors, with the weights read off the stock step itself.
 
 Apart from clipping, every step is linear in the model output, the sample, the noise and the tensors kept from
-earlier steps. Run on unit vectors on the host, the stock code therefore answers with its weights: no formula is
-copied, and what is left for the device is one sum, the same for all steps.
+earlier steps. Run on unit vectors on the host, the stock code therefore answers with its weights: no formula
+is copied, and what is left for the device is one sum, the same for all steps.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.overrides import TorchFunctionMode
+
+from .noise import NoiseIs
 
 
 class StepWeights(NamedTuple):
     """The weights of one step, 0-dimensional float32 CPU tensors.
 
     Attributes:
-        sums: one tuple for the next sample, then one for each tensor of the history; each holds the weights of
-            the model output, the sample and the tensors of the history.
+        sums: one tuple for the next sample, then one for each tensor of the history; each holds the weights
+            of the model output, the sample and the tensors of the history.
         noise: the weight of fresh noise in the next sample; 0 where the step draws none.
     """
 
@@ -92,7 +93,7 @@ def plan_step_weights(
         timesteps = scheduler.timesteps[done:]
     for timestep in timesteps:
         _write(probe, history, past)
-        with _NoiseIs(noise):
+        with NoiseIs(noise):
             following = probe.step(model_output, timestep, sample, **step_kwargs, return_dict=False)[0]
         kept = [torch.zeros_like(following) if row is None else row for row in _read(probe, history)]
         table = torch.cat([following, *kept]).float()
@@ -110,17 +111,6 @@ def weighted_sum(weights: Sequence[float], terms: Iterable[torch.Tensor]) -> tor
         elif weight != 0:
             total = total.add(term, alpha=weight)
     return total
-
-
-class _NoiseIs(TorchFunctionMode):
-    """Within it, `torch.randn` answers with a given tensor."""
-
-    def __init__(self, noise: torch.Tensor) -> None:
-        super().__init__()
-        self.noise = noise
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return self.noise if func is torch.randn else func(*args, **(kwargs or {}))
 
 
 def _read(scheduler: Any, names: Iterable[str]) -> Iterable[torch.Tensor | None]:
