@@ -42,7 +42,8 @@ class ContextCache:
     An entry is reused only for the same context tensor (identity), unedited (`_version`), with the same projection
     weights and adapter state. A context without a version counter (made under `torch.inference_mode`), one that
     needs gradients, and layers with a foreign processor are never cached: the caller then passes the context itself
-    and attention projects it in each step as stock does.
+    and attention projects it in each step as stock does. Only edits through `.data` of a tensor that is then passed
+    again leave no trace; pipelines build a new context for each call.
 
     Storage keeps its address: a context whose tensor has died leaves its entry to the next one of the same shape.
     At most `MAX_ENTRIES` entries are kept, oldest out first; an entry in use by another thread is dropped from the
@@ -58,7 +59,6 @@ class ContextCache:
         self.layers = layers
         self.enabled = True
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
-        self._generation = 0
         self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict) -> ContextCache:
@@ -76,12 +76,6 @@ class ContextCache:
         """Free all entries."""
         with self._lock:
             self._entries.clear()
-            self._generation += 1
-
-    def invalidate(self) -> None:
-        """Have every context projected afresh at its next use, in the storage that is there."""
-        with self._lock:
-            self._generation += 1
 
     def project(self, context: torch.Tensor) -> torch.Tensor | tuple[ContextKV, ...]:
         """Return the keys and values of `context` for every layer, from the cache when they are known to be current.
@@ -96,7 +90,7 @@ class ContextCache:
             return context
         with self._lock:
             # The lock is held while projecting: two threads that bring the same context share one computation.
-            state = (self._generation, context._version, *map(_projection_state, self.layers))
+            state = (context._version, *map(_projection_state, self.layers))
             entry = self._find(context)
             if entry.state != state:
                 with torch.no_grad():
@@ -164,8 +158,14 @@ def _select_layer(block: BasicTransformerBlock, args: tuple, kwargs: dict) -> tu
 def _is_plain(attn: Attention) -> bool:
     if attn.norm_cross or not getattr(attn.processor, "accepts_context_kv", False):
         return False
-    # In training mode an adapter may drop out at random, which has to be drawn anew in each step.
-    return not any(isinstance(proj, BaseTunerLayer) and proj.training for proj in (attn.to_k, attn.to_v))
+    return not any(_drops_out(proj) for proj in (attn.to_k, attn.to_v))
+
+
+def _drops_out(proj: nn.Module) -> bool:
+    """Whether an adapter draws its dropout anew in each step."""
+    if not (isinstance(proj, BaseTunerLayer) and proj.training):
+        return False
+    return any(isinstance(drop, nn.Dropout) and drop.p > 0 for drop in getattr(proj, "lora_dropout", {}).values())
 
 
 def _needs_grad(attn: Attention) -> bool:

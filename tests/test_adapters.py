@@ -172,3 +172,13 @@ def test_random_sequences_of_operations(loras):
     )
     with torch.random.fork_rng():
         run_state_machine_as_test(Adapters, settings=limits)
+
+
+def test_an_active_lora_is_still_projected_once_a_prompt(loras):
+    fast = load_fast()
+    fast.load_lora_weights(loras["one"])
+    calls = []
+    layer = fast.unet.context_cache.layers[0].to_k
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    draw(fast, num_inference_steps=5)
+    assert len(calls) == 1
