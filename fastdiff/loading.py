@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from . import checkpoints
 from .config import FastConfig
+from .offload import inner_offloading
 
 
 class FastLoadingMixin:
@@ -66,10 +67,16 @@ class FastLoadingMixin:
 
         Raises:
             TypeError: `pipeline` is no diffusers pipeline.
-            ValueError: a component that this class needs is missing.
+            ValueError: a component that this class needs is missing, `pipeline` uses perturbed-attention guidance, or
+                it is a stock one that is offloaded.
         """
         if not isinstance(pipeline, DiffusionPipeline):
             raise TypeError(f"from_pipe takes a diffusers pipeline, not a {type(pipeline).__name__}.")
+        if hasattr(pipeline, "set_pag_applied_layers"):
+            raise ValueError(
+                f"Perturbed-attention guidance has no fast class, and {cls.__qualname__} would leave it out. Keep "
+                f"{type(pipeline).__name__}, or go without it by StableDiffusionXLPipeline.from_pipe(pipeline) first."
+            )
         if fast is None:
             fast = getattr(pipeline, "fast_config", None)
         dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
@@ -77,6 +84,12 @@ class FastLoadingMixin:
         source = {**pipeline.config, **pipeline.components}
         arguments = {name: source[name] for name in [*required, *options] if name in source}
         arguments.update(kwargs, fast=fast)
+        unet = arguments.get("unet")
+        if type(unet) is UNet2DConditionModel and (hasattr(unet, "_hf_hook") or inner_offloading(unet)):
+            raise ValueError(
+                "from_pipe cannot share weights that are offloaded: make the fast pipeline first and switch offloading "
+                "on there, or call pipeline.remove_all_hooks() before."
+            )
         missing = [name for name in required if name not in arguments and name not in cls._optional_components]
         if missing:
             raise ValueError(f"{cls.__qualname__}.from_pipe: pass {', '.join(missing)}; {type(pipeline).__name__} has none.")

@@ -168,13 +168,13 @@ class FastPipelineMixin(FastLoadingMixin):
         return Plan(self.fast_config, self.unet, self.vae, self.scheduler, controlnets, device)
 
     def enable_sequential_cpu_offload(self, *args, **kwargs) -> None:
-        """As upstream. Weights are fused before they are moved away; nothing is compiled or quantized any more."""
-        self._new_plan().prepare_offload()
+        """As upstream. Projections stay separate, and nothing is compiled or quantized any more."""
+        self._new_plan().prepare_offload(fused=False)
         super().enable_sequential_cpu_offload(*args, **kwargs)
 
     def enable_group_offload(self, *args, **kwargs) -> None:
-        """As upstream. Weights are fused before they are moved away; nothing is compiled or quantized any more."""
-        self._new_plan().prepare_offload()
+        """As upstream. Projections are fused before they are moved away; nothing is compiled or quantized any more."""
+        self._new_plan().prepare_offload(fused=True)
         super().enable_group_offload(*args, **kwargs)
 
     # The call
@@ -182,9 +182,6 @@ class FastPipelineMixin(FastLoadingMixin):
     @torch.no_grad()
     def __call__(self, *args, **kwargs):
         with self._owned_call() as pipe, FiniteCheck() as check:
-            for model in pipe._denoisers():
-                # Between calls weights may change in ways that no tensor records; within one they may not.
-                model.context_cache.invalidate()
             output = super(FastPipelineMixin, pipe).__call__(*args, **kwargs)
             if not self.fast_config.is_off:
                 self._report_non_finite(check, output[0])

@@ -103,14 +103,21 @@ class Plan:
             self._capture(),
         ]
 
-    def prepare_offload(self) -> None:
-        """Do what has to be done before single layers are moved in and out: join weights, take off compiled code."""
-        if not self.config.is_off:
-            apply_deep_cache(self.unet, None)
-            self._weights()
-            for model in (*self.denoisers, self.vae):
-                undo_compilation(model)
-                model.compiled_mode = ("off", 0)
+    def prepare_offload(self, fused: bool) -> None:
+        """Do what has to be done before single layers are moved in and out; takes off compiled code.
+
+        Args:
+            fused: whether projections may be fused. Sequential offload finds weights by their stock names.
+        """
+        if self.config.is_off:
+            return
+        apply_deep_cache(self.unet, None)
+        if inner_offloading(self.unet) is None:
+            self._channels_last()
+            self._fuse() if fused else self._unfuse()
+        for model in (*self.denoisers, self.vae):
+            undo_compilation(model)
+            model.compiled_mode = ("off", 0)
 
     def _weights(self) -> list[PlanStep]:
         offloading = inner_offloading(self.unet)
@@ -119,10 +126,9 @@ class Plan:
         layers = [m for model in self.denoisers for m in model.modules() if isinstance(m, FastAttention)]
         fused = sum(layer.is_fused for layer in layers)
         strides = self.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-        reason = f"as it was when {offloading} was switched on"
         return [
-            PlanStep("channels_last", strides, reason),
-            PlanStep("fuse_qkv", fused > 0, f"{fused} self-attention layers; {reason}"),
+            PlanStep("channels_last", strides, f"as it was before {offloading}"),
+            PlanStep("fuse_qkv", fused > 0, f"{fused} self-attention layers before {offloading}"),
         ]
 
     def _host_schedule(self) -> PlanStep:
@@ -142,8 +148,7 @@ class Plan:
     def _fuse(self) -> PlanStep:
         name = "fuse_qkv"
         if not self.config.fuse_qkv:
-            for model in (*self.denoisers, self.vae):
-                apply_fusion(model, False)
+            self._unfuse()
             return PlanStep(name, False, _OFF.format(name))
         fused, left = 0, {}
         for model in (*self.denoisers, *([self.vae] if isinstance(self.vae, FastAutoencoderKL) else [])):
@@ -154,6 +159,10 @@ class Plan:
         for why, count in left.items():
             reason += f"; {count} separate: {why}"
         return PlanStep(name, fused > 0, reason)
+
+    def _unfuse(self) -> None:
+        for model in (*self.denoisers, *([self.vae] if isinstance(self.vae, FastAutoencoderKL) else [])):
+            model.unfuse_qkv_projections()
 
     def _context_cache(self) -> PlanStep:
         for model in self.denoisers:
