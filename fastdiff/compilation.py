@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType, MethodType
 
 import torch
 from torch import nn
@@ -46,10 +48,15 @@ def apply_compilation(model: nn.Module, mode: str) -> int:
         targets = [_whole(model)]
     else:
         targets = [(block, "forward") for block in repeated_blocks(model)]
+    regions: dict[tuple, Callable] = {}
     for module, method in targets:
         # `forward` is compiled rather than the call: hooks (the choice of the layer's context, offloading) stay
         # outside of the graph.
-        setattr(module, method, torch.compile(getattr(module, method), fullgraph=True))
+        kind = _kind(module)
+        if kind not in regions:
+            function = _own_code(getattr(type(module), method), len(regions))
+            regions[kind] = torch.compile(function, fullgraph=True, dynamic=True if mode == "regional" else None)
+        setattr(module, method, MethodType(regions[kind], module))
         module._compiled_method = method
     return len(targets)
 
@@ -59,6 +66,24 @@ def undo_compilation(model: nn.Module) -> None:
     for module in model.modules():
         method = module.__dict__.pop("_compiled_method", None)
         module.__dict__.pop(method, None)
+
+
+def _kind(module: nn.Module) -> tuple:
+    """What two blocks must have in common to be served by one graph."""
+    weights = tuple((name, p.shape, p.dtype, type(p)) for name, p in module.named_parameters())
+    return type(module), weights
+
+
+def _own_code(function: Callable, number: int) -> Callable:
+    """Copy a function so that it has a code object, and a name, of its own.
+
+    The compiler counts graphs, and remembers which sizes have varied, per code object. Blocks of one class with
+    weights of other shapes would share that count, pass its limit, and have each other's channels made dynamic.
+    """
+    code = function.__code__.replace(co_name=f"{function.__name__}_{number}")
+    copied = FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
 
 
 def _whole(model: nn.Module) -> tuple[nn.Module, str]:
