@@ -46,8 +46,7 @@ class FiniteCheck:
     def note(self, name: str, tensor: torch.Tensor) -> None:
         """Queue the check of a tensor, which may be on a device; does not wait."""
         # True until the copy has arrived; pinned, or the copy would wait.
-        on_device = tensor.device.type != "cpu" and torch.accelerator.is_available()
-        arrived = torch.ones((), dtype=torch.bool, pin_memory=on_device)
+        arrived = torch.ones((), dtype=torch.bool, pin_memory=tensor.device.type == "cuda")
         self._flags[name] = arrived.copy_(torch.isfinite(tensor).all(), non_blocking=True)
 
     @property

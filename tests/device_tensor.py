@@ -176,7 +176,8 @@ class DeviceOperators(TorchDispatchMode):
     def _record(self, func, args, kwargs, on_device: bool) -> None:
         packet = func.overloadpacket
         if not on_device:
-            self.record("device to host", True)
+            into_pinned = packet is aten.copy_ and args[2:3] == (True,) and _is_pinned(args[0])
+            self.record("device to host", not into_pinned)
         elif packet in _WAITING_OPERATORS:
             self.record(_WAITING_OPERATORS[packet], True)
         elif packet is aten.copy_ and not isinstance(args[1], DeviceTensor) and args[1].ndim > 0:
