@@ -59,6 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", help="what fastdiff applies on this machine, and why")
     _add_model_arguments(explain)
     explain.set_defaults(run=_explain)
+
+    from .scale.commands import add_commands
+
+    add_commands(commands)
     return parser
 
 

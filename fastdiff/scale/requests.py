@@ -1,0 +1,46 @@
+"""What a picture is asked for with: one model for the rows of a batch job and the bodies of HTTP requests."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+MAX_PROMPT = 2000  # characters; the text encoders read 77 tokens, a few hundred characters
+MAX_SEED = 2**53 - 1  # the largest whole number that JSON readers everywhere keep exactly
+SIZE_PATTERN = r"^[1-9][0-9]{1,4}x[1-9][0-9]{1,4}$"
+
+
+class PictureRequest(BaseModel):
+    """One picture: strict types, no unknown fields, and no say in which model draws it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    prompt: str = Field(min_length=1, max_length=MAX_PROMPT, pattern=r"\S", description="what to draw")
+    negative_prompt: str | None = Field(None, max_length=MAX_PROMPT, description="what to keep out")
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="the same seed draws the same picture")
+    size: str | None = Field(
+        None,
+        pattern=SIZE_PATTERN,
+        description="WIDTHxHEIGHT in pixels, multiples of 8; the model's own by default",
+    )
+    steps: int = Field(20, ge=1, le=1000, description="denoising steps")
+    guidance: float = Field(5.0, ge=0, le=50, allow_inf_nan=False, description="weight of the prompt")
+
+    @field_validator("size")
+    @classmethod
+    def _size_fits_the_model(cls, size: str | None) -> str | None:
+        if size is not None:
+            width, height = parse_size(size)
+            if width % 8 or height % 8 or min(width, height) < 64:
+                raise ValueError("width and height must be multiples of 8, and 64 or more")
+        return size
+
+
+def parse_size(size: str) -> tuple[int, int]:
+    """Split `"WIDTHxHEIGHT"` into two whole numbers of pixels."""
+    width, height = size.split("x")
+    return int(width), int(height)
+
+
+def problems(error) -> str:
+    """The findings of a pydantic `ValidationError` in one line, without the input they are about."""
+    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'row'}: {e['msg']}" for e in error.errors())

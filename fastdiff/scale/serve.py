@@ -1,0 +1,164 @@
+"""The server on Ray Serve: one deployment answers HTTP, another draws, each replica with a warm pipeline."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+
+import ray
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.util.metrics import Histogram
+
+from ..cli import UsageError
+from .app import Drawn, Limits, NoWorker, make_app
+from .artist import Artist, ModelChoice, png_bytes
+from .batching import Batcher
+from .gate import is_loopback
+from .requests import PictureRequest
+
+_APPLICATION, _PAINTER, _DOOR = "fastdiff", "painter", "door"
+_TRIES = 3
+_RUNNING = "RUNNING"
+
+
+class _Painter:
+    """A replica that draws."""
+
+    def __init__(self, choice: ModelChoice, max_batch: int):
+        self._artist = Artist(choice)
+        self._artist.warm_up(max_batch)
+        self._batches = Histogram("fastdiff_batch_pictures", "drawn together", [1, 2, 4, 8, 16, 32])
+        self._batcher: Batcher[PictureRequest, Drawn] = Batcher(
+            self._paint,
+            key=self._artist.batch_key,
+            limit=lambda request: self._artist.batch_limit(request, max_batch),
+        )
+
+    async def draw(self, request: PictureRequest) -> Drawn:
+        return await self._batcher.submit(request)
+
+    def _paint(self, requests: Sequence[PictureRequest], wanted: Callable[[], bool]) -> list[Drawn]:
+        started = time.perf_counter()
+        pictures = self._artist.draw(requests, wanted)
+        self._batches.observe(len(requests))
+        seconds = time.perf_counter() - started
+        return [Drawn(png_bytes(one), f"{one.width}x{one.height}", seconds) for one in pictures]
+
+
+def _door(limits: Limits, digest: bytes | None, hosts: frozenset[str] | None) -> Callable:
+    """The builder of the HTTP application, which Serve runs in the replica that answers HTTP."""
+
+    def build():
+        painter = serve.get_deployment_handle(_PAINTER, app_name=_APPLICATION)
+
+        async def draw(request: PictureRequest) -> Drawn:
+            for _ in range(_TRIES):
+                response = painter.draw.remote(request)
+                try:
+                    return await response
+                except RayActorError:
+                    continue  # Its replica died. Another draws the same picture from the same seed.
+                except asyncio.CancelledError:
+                    response.cancel()  # Serve does so when a client leaves, but not when time is up.
+                    raise
+            raise NoWorker(f"the worker died {_TRIES} times over this request")
+
+        return make_app(draw, _count_painters, _ray_metrics, limits, digest=digest, hosts=hosts)
+
+    return build
+
+
+async def _count_painters() -> int:
+    status = await asyncio.to_thread(serve.status)
+    return status.applications[_APPLICATION].deployments[_PAINTER].replica_states.get(_RUNNING, 0)
+
+
+async def _ray_metrics() -> bytes:
+    """What Ray exports on the node that answers, Serve's own numbers among it."""
+
+    def fetch() -> bytes:
+        here = ray.get_runtime_context().get_node_id()
+        node = next(node for node in ray.nodes() if node["NodeID"] == here)
+        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.read()
+
+    return await asyncio.to_thread(fetch)
+
+
+def run_server(
+    choice: ModelChoice,
+    replicas: int,
+    reserved: dict,
+    limits: Limits,
+    *,
+    max_batch: int,
+    host: str,
+    port: int,
+    digest: bytes | None,
+) -> None:
+    """Serve until SIGINT or SIGTERM; Ray must be running.
+
+    Args:
+        choice: what each replica loads.
+        replicas: workers that draw.
+        reserved: Ray resources of each.
+        limits: what is accepted.
+        max_batch: pictures of the model's own size drawn together.
+        host, port: where to listen.
+        digest: of the API key, or None.
+
+    Raises:
+        UsageError: Serve already runs on the cluster, or the model does not load.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    if serve.status().proxies:
+        # It would keep its own host and port, which may be open to others than this server was made for.
+        raise UsageError("--address: Ray Serve already runs on that cluster; stop it with 'serve shutdown'")
+    hosts = frozenset({"localhost", "127.0.0.1", "[::1]", host}) if is_loopback(host) else None
+    painter = serve.deployment(
+        _Painter,
+        name=_PAINTER,
+        num_replicas=replicas,
+        ray_actor_options=reserved,
+        max_ongoing_requests=2 * max_batch,  # one batch runs while the next one gathers
+        max_constructor_retry_count=2,
+    )
+    # The door refuses what is too much by itself, so Serve need not hold anything back.
+    door = serve.deployment(
+        serve.ingress(_door(limits, digest, hosts))(),
+        name=_DOOR,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=100_000,
+    )
+    stop = threading.Event()
+    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+    try:
+        serve.run(door.bind(painter.bind(choice, max_batch)), name=_APPLICATION, route_prefix="/")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        print(f"serving on http://{host}:{port} with {replicas} worker(s); stop with Ctrl-C", flush=True)
+        stop.wait()
+    except RuntimeError as error:
+        reason = serve.status().applications[_APPLICATION].deployments[_PAINTER].message or str(error)
+        raise UsageError(f"the workers do not start: {reason.strip().splitlines()[-1]}") from error
+    finally:
+        serve.shutdown()
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise `UsageError` unless this machine can listen at the address."""
+    try:
+        [family, *_], *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise UsageError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
