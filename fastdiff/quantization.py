@@ -63,7 +63,9 @@ def choose_quantization(requested: str, device: torch.device, dtype: torch.dtype
             "Use 'int8-weight-only', 'auto' or 'none'."
         )
     if dtype == torch.float16:
-        raise ValueError(f"quantization={requested!r} needs bfloat16 or float32 weights; load with torch_dtype=bfloat16.")
+        raise ValueError(
+            f"quantization={requested!r} needs bfloat16 or float32 weights; load with torch_dtype=torch.bfloat16."
+        )
     return QuantizationChoice(requested, "asked for by FastConfig.quantization")
 
 
