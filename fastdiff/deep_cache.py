@@ -62,23 +62,18 @@ class InnerBlock(ModelHook):
         return output
 
 
-def apply_deep_cache(unet: nn.Module, interval: int | None) -> int:
-    """Have the inner blocks of a UNet run in every `interval`-th step of a pipeline's loop; None takes that back.
+def apply_deep_cache(unet: nn.Module) -> int:
+    """Have the inner blocks of a UNet rest in the steps between, in calls of pipelines that ask for it.
 
-    To be called after compiling, which replaces the `forward` that the hooks wrap.
+    The UNet may be shared with pipelines that do not. To be called after compiling, which replaces the `forward` that
+    the hooks wrap.
 
     Returns:
         The number of inner blocks.
     """
-    if "_deep_cache_hook" in unet.__dict__:
-        unet.__dict__.pop("_deep_cache_hook").remove()
-        for block in _inner_blocks(unet):
-            HookRegistry.check_if_exists_or_initialize(block).remove_hook(_NAME, recurse=False)
-    if interval is None:
-        return 0
-
+    remove_deep_cache(unet)
     key = ("deep features", id(unet))
-    unet._deep_cache_hook = unet.register_forward_pre_hook(partial(_advance, key, interval), with_kwargs=True)
+    unet._deep_cache_hook = unet.register_forward_pre_hook(partial(_advance, key), with_kwargs=True)
     blocks = _inner_blocks(unet)
     for block in blocks:
         registry = HookRegistry.check_if_exists_or_initialize(block)
@@ -86,11 +81,21 @@ def apply_deep_cache(unet: nn.Module, interval: int | None) -> int:
     return len(blocks)
 
 
-def _advance(key: tuple, interval: int, unet: nn.Module, args: tuple, kwargs: dict) -> None:
+def remove_deep_cache(unet: nn.Module) -> bool:
+    """Take off what `apply_deep_cache` put on; returns whether there was anything."""
+    if "_deep_cache_hook" not in unet.__dict__:
+        return False
+    unet.__dict__.pop("_deep_cache_hook").remove()
+    for block in _inner_blocks(unet):
+        HookRegistry.check_if_exists_or_initialize(block).remove_hook(_NAME, recurse=False)
+    return True
+
+
+def _advance(key: tuple, unet: nn.Module, args: tuple, kwargs: dict) -> None:
     loop = current_loop()
-    if loop is not None:
+    if loop is not None and loop.config.deep_cache_interval is not None:
         sample = args[0] if args else kwargs["sample"]
-        loop.memory.setdefault(key, DeepFeatures()).advance(sample.shape, interval)
+        loop.memory.setdefault(key, DeepFeatures()).advance(sample.shape, loop.config.deep_cache_interval)
 
 
 def _inner_blocks(unet: nn.Module) -> list[nn.Module]:

@@ -8,7 +8,6 @@ guidance formula the identity.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,60 +19,57 @@ from .loop import DenoisingLoop, current_loop
 _LASTING = ("encoder_hidden_states", "added_cond_kwargs", "controlnet_cond")
 # Not batched, whatever the first dimension happens to be.
 _UNBATCHED = ("cross_attention_kwargs", "guess_mode", "conditioning_scale", "return_dict")
+# What upstream's pipelines pass by position.
+_POSITIONAL = ("sample", "timestep", "encoder_hidden_states")
 
 
-@dataclass(frozen=True)
-class GuidanceInterval:
-    """The hooks that halve a model's work in the steps before `start` and from `end` on, fractions of the steps."""
+def apply_guidance_interval(unet: nn.Module, controlnets: list[nn.Module]) -> None:
+    """Have the models do half the work in the unguided steps of pipelines that ask for it.
 
-    start: float
-    end: float
-
-    def before(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Forward pre-hook of a UNet or ControlNet: keep the conditional half of every batched input."""
-        loop = self._unguided_loop(kwargs)
-        if loop is None:
-            return None
-        batch = (args[0] if args else kwargs["sample"]).shape[0]
-        names = ("sample", "timestep", "encoder_hidden_states", "controlnet_cond")
-        args = tuple(_half(value, batch, loop, name) for name, value in zip(names, args, strict=False)) + args[len(names) :]
-        kwargs = {name: _half(value, batch, loop, name) for name, value in kwargs.items()}
-        return args, kwargs
-
-    def after(self, unet: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        """Forward hook of the UNet: give the conditional prediction to both halves."""
-        if self._unguided_loop(kwargs) is None:
-            return None
-        return type(output)(sample=torch.cat([output[0]] * 2))
-
-    def warmup_steps(self) -> int:
-        """The smallest number of steps of which one is inside the interval and one outside, at least 2."""
-        for steps in range(2, 1000):
-            inside = [self.start <= step / steps < self.end for step in range(steps)]
-            if any(inside) and not all(inside):
-                return steps
-        return 2
-
-    def _unguided_loop(self, kwargs: dict) -> DenoisingLoop | None:
-        loop = current_loop()
-        if loop is None or self.start <= loop.fraction < self.end or not loop.is_guided:
-            return None
-        # In guess mode a ControlNet gets the conditional half alone.
-        return None if kwargs.get("guess_mode") else loop
-
-
-def apply_guidance_interval(unet: nn.Module, controlnets: list[nn.Module], interval: tuple[float, float] | None) -> None:
-    """Put the interval's hooks on the models of a pipeline in place of any there are; None takes them off."""
+    The models may be shared with pipelines that do not: which steps are unguided is read from the running call.
+    """
     for model in (unet, *controlnets):
-        for handle in model.__dict__.pop("_guidance_hooks", ()):
-            handle.remove()
-        if interval is None:
+        if "_guidance_hooks" in model.__dict__:
             continue
-        hooks = GuidanceInterval(*interval)
-        model._guidance_hooks = [model.register_forward_pre_hook(hooks.before, with_kwargs=True)]
+        model._guidance_hooks = [model.register_forward_pre_hook(_keep_conditional_half, with_kwargs=True)]
         if model is unet:
             # A ControlNet's residuals stay halved: the UNet takes them so.
-            model._guidance_hooks.append(model.register_forward_hook(hooks.after, with_kwargs=True))
+            model._guidance_hooks.append(model.register_forward_hook(_give_to_both_halves, with_kwargs=True))
+
+
+def warmup_steps(interval: tuple[float, float]) -> int:
+    """The smallest number of steps of which one is inside the interval and one outside, at least 2."""
+    for steps in range(2, 1000):
+        inside = [interval[0] <= step / steps < interval[1] for step in range(steps)]
+        if any(inside) and not all(inside):
+            return steps
+    return 2
+
+
+def _unguided_loop(kwargs: dict) -> DenoisingLoop | None:
+    loop = current_loop()
+    interval = loop.config.guidance_interval if loop is not None else None
+    if interval is None or interval[0] <= loop.fraction < interval[1] or not loop.is_guided:
+        return None
+    # In guess mode a ControlNet gets the conditional half alone.
+    return None if kwargs.get("guess_mode") else loop
+
+
+def _keep_conditional_half(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Forward pre-hook of a UNet or ControlNet."""
+    loop = _unguided_loop(kwargs)
+    if loop is None:
+        return None
+    batch = (args[0] if args else kwargs["sample"]).shape[0]
+    args = tuple(_half(value, batch, loop, name) for name, value in zip(_POSITIONAL, args, strict=False))
+    return args, {name: _half(value, batch, loop, name) for name, value in kwargs.items()}
+
+
+def _give_to_both_halves(unet: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    """Forward hook of the UNet."""
+    if _unguided_loop(kwargs) is None:
+        return None
+    return type(output)(sample=torch.cat([output[0]] * 2))
 
 
 def _half(value: Any, batch: int, loop: DenoisingLoop, name: str) -> Any:

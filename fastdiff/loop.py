@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import Any
 
+from .config import FastConfig
+
 _current: ContextVar[DenoisingLoop | None] = ContextVar("fastdiff_denoising_loop", default=None)
 
 
@@ -23,6 +25,11 @@ class DenoisingLoop:
         self.done = 0
         self.memory: dict[Any, Any] = {}
         self._pipe, self._bar, self._total = pipe, bar, total
+
+    @property
+    def config(self) -> FastConfig:
+        """The configuration of the call's pipeline; others over the same UNet may have another."""
+        return self._pipe.fast_config
 
     @property
     def fraction(self) -> float:

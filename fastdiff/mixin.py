@@ -20,7 +20,7 @@ from . import checkpoints
 from .config import FastConfig
 from .controlnet import FastControlNetModel, fast_controlnets
 from .finite import CheckedImageProcessor, FiniteCheck, NonFiniteError
-from .guidance_interval import GuidanceInterval
+from .guidance_interval import warmup_steps
 from .loading import FastLoadingMixin
 from .loop import DenoisingLoop
 from .plan import Plan, PlanStep, convert_component, format_plan
@@ -132,7 +132,7 @@ class FastPipelineMixin(FastLoadingMixin):
 
     def _warmup_call(self, width: int, height: int, batch: int) -> dict:
         interval = self.fast_config.guidance_interval
-        steps = 2 if interval is None else GuidanceInterval(*interval).warmup_steps()
+        steps = 2 if interval is None else warmup_steps(interval)
         black = Image.new("RGB", (width, height))
         control = [black] * len(nets) if (nets := getattr(getattr(self, "controlnet", None), "nets", None)) else black
         accepted = inspect.signature(self.__call__).parameters

@@ -23,7 +23,7 @@ from .attention import FastAttention, apply_fusion
 from .compilation import apply_compilation, choose_compile, undo_compilation
 from .config import FastConfig
 from .controlnet import convert_controlnet
-from .deep_cache import apply_deep_cache
+from .deep_cache import apply_deep_cache, remove_deep_cache
 from .guidance_interval import apply_guidance_interval
 from .offload import inner_offloading
 from .quantization import apply_quantization, choose_quantization
@@ -88,8 +88,8 @@ class Plan:
         """Apply every step that is not yet in place, in order; returns all steps."""
         if self.config.is_off:
             return [PlanStep("convert", False, 'preset "off": the stock classes stay in place')]
-        # Its hooks wrap what compiling replaces.
-        apply_deep_cache(self.unet, None)
+        # Its hooks wrap what compiling replaces. Another pipeline over the same UNet may want them back.
+        self.had_deep_cache = remove_deep_cache(self.unet)
         names = "UNet, ControlNet and VAE" if self.controlnets else "UNet and VAE"
         return [
             PlanStep("convert", True, f"{names} share the stock weights"),
@@ -111,7 +111,7 @@ class Plan:
         """
         if self.config.is_off:
             return
-        apply_deep_cache(self.unet, None)
+        remove_deep_cache(self.unet)
         if inner_offloading(self.unet) is None:
             self._channels_last()
             self._fuse() if fused else self._unfuse()
@@ -208,14 +208,14 @@ class Plan:
 
     def _guidance_interval(self) -> PlanStep:
         name, interval = "guidance_interval", self.config.guidance_interval
-        apply_guidance_interval(self.unet, self.controlnets, interval)
         if interval is None:
             return PlanStep(name, False, "opt-in: FastConfig.guidance_interval", lossless=False)
+        apply_guidance_interval(self.unet, self.controlnets)
         return PlanStep(name, True, "guidance from {:.0%} to {:.0%} of the steps".format(*interval), lossless=False)
 
     def _deep_cache(self) -> PlanStep:
         name, interval = "deep_cache", self.config.deep_cache_interval
-        blocks = apply_deep_cache(self.unet, interval)
+        blocks = apply_deep_cache(self.unet) if interval is not None or self.had_deep_cache else 0
         if interval is None:
             return PlanStep(name, False, "opt-in: FastConfig.deep_cache_interval", lossless=False)
         return PlanStep(name, True, f"{blocks} inner blocks of the UNet in every {interval}. step", lossless=False)
