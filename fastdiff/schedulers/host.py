@@ -19,7 +19,7 @@ from diffusers import SchedulerMixin
 
 from ..identity import stands_in_for
 from .linear import StepWeights, plan_step_weights
-from .noise import noise_without_wait
+from .modes import noise_without_wait
 
 T = TypeVar("T", bound=type)
 S = TypeVar("S", bound="HostSchedule")
@@ -134,10 +134,11 @@ def _wrap_step(stock: Callable) -> Callable:
         if self.num_inference_steps is None:
             raise ValueError("`step` needs a schedule: call `set_timesteps(num_inference_steps)` first.")
         timestep = self._host_timestep(timestep)
-        if self._reads_by_timestep and not 0 <= timestep < self.config.num_train_timesteps:
+        last = self.config.num_train_timesteps - 1
+        if self._reads_by_timestep and (isinstance(timestep, str) or not 0 <= timestep <= last):
             raise ValueError(
                 f"timestep {timestep!r} is not in the schedule: pass an element of `scheduler.timesteps`, "
-                f"which lie between 0 and {self.config.num_train_timesteps - 1}."
+                f"which lie between 0 and {last}."
             )
         with noise_without_wait(kwargs.get("generator"), model_output.device):
             return stock(self, model_output, timestep, sample, *args, **kwargs)

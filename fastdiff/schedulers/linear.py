@@ -8,12 +8,12 @@ is copied, and what is left for the device is one sum, the same for all steps.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 
-from .noise import NoiseIs
+from .modes import NoiseIs
 
 
 class StepWeights(NamedTuple):
@@ -100,17 +100,6 @@ def plan_step_weights(
         sums = tuple(tuple(scalar.clone() for scalar in (*row[:2], *row[3:])) for row in table)
         plan.append(StepWeights(sums, table[0, 2].clone()))
     return plan
-
-
-def weighted_sum(weights: Sequence[float], terms: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Sum `terms` with host weights, each one kernel argument; terms of weight 0 are left out."""
-    total = None
-    for weight, term in zip(weights, terms, strict=True):
-        if total is None:
-            total = term * weight
-        elif weight != 0:
-            total = total.add(term, alpha=weight)
-    return total
 
 
 def _read(scheduler: Any, names: Iterable[str]) -> Iterable[torch.Tensor | None]:

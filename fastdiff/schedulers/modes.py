@@ -1,4 +1,4 @@
-"""Where a stock step gets its noise from: diffusers draws it with `torch.randn`, deep inside."""
+"""What a stock step calls deep inside, answered otherwise: its noise, and its coefficients on the device."""
 
 from __future__ import annotations
 
@@ -47,3 +47,22 @@ def noise_without_wait(generator: Any, device: torch.device) -> AbstractContextM
     if device.type == "cuda" and isinstance(first, torch.Generator) and first.device.type == "cpu":
         return _NoiseThroughPinnedMemory(device)
     return nullcontext()
+
+
+class ScalarsOnHost(TorchFunctionMode):
+    """Within it, code that works its coefficients out on the samples' device does so on the host.
+
+    0-dimensional CPU tensors serve device tensors as they are. Only a sum with several weights, which stock
+    writes as `einsum("k,bkc...->bc...", weights, tensors)`, has to be taken apart.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ones:
+            return func(*args, **{**kwargs, "device": "cpu"})
+        if func is torch.Tensor.to and args[0].ndim <= 1 and isinstance(args[1], torch.device):
+            return args[0]
+        if func is torch.einsum:
+            _, weights, tensors = args
+            return sum(weight * tensor for weight, tensor in zip(weights, tensors.unbind(1), strict=True))
+        return func(*args, **kwargs)
