@@ -160,7 +160,6 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.slow
 def test_nothing_recompiles_across_the_family(regional, assert_close):
     text, image, control = regional
     warm = draw(text), draw(control, image=picture(3)), image_to_image_call(image, strength=0.5)
