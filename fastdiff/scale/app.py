@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, field_validator
 
 from .. import __version__
 from .gate import Gate
-from .requests import PictureRequest, parse_size
+from .requests import PictureRequest, message, parse_size
 
 # This module has no `from __future__ import annotations`: FastAPI needs the request model, which is made per
 # server, as a class and not as a name.
@@ -209,7 +209,7 @@ async def _explain_invalid(request: Request, error: RequestValidationError) -> J
     findings = [
         {
             "loc": [_shown(part) for part in finding["loc"]],
-            "msg": _shown(finding["msg"]),
+            "msg": _shown(message(finding)),
             "type": finding["type"],
         }
         for finding in error.errors()[:20]

@@ -43,4 +43,9 @@ def parse_size(size: str) -> tuple[int, int]:
 
 def problems(error) -> str:
     """The findings of a pydantic `ValidationError` in one line, without the input they are about."""
-    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'row'}: {e['msg']}" for e in error.errors())
+    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'row'}: {message(e)}" for e in error.errors())
+
+
+def message(finding: dict) -> str:
+    """What one finding of a pydantic error says."""
+    return finding["msg"].removeprefix("Value error, ")

@@ -70,14 +70,24 @@ def _door(limits: Limits, digest: bytes | None, hosts: frozenset[str] | None) ->
                     raise
             raise NoWorker(f"the worker died {_TRIES} times over this request")
 
-        return make_app(draw, _count_painters, _ray_metrics, limits, digest=digest, hosts=hosts)
+        return make_app(draw, _painter_count(), _ray_metrics, limits, digest=digest, hosts=hosts)
 
     return build
 
 
-async def _count_painters() -> int:
-    status = await asyncio.to_thread(serve.status)
-    return status.applications[_APPLICATION].deployments[_PAINTER].replica_states.get(_RUNNING, 0)
+def _painter_count() -> Callable:
+    """A function that counts running painters, and asks Serve once a second however often it is called."""
+    asking, known = asyncio.Lock(), {"count": 0, "until": 0.0}
+
+    async def count() -> int:
+        async with asking:
+            if time.monotonic() >= known["until"]:
+                application = (await asyncio.to_thread(serve.status)).applications[_APPLICATION]
+                known["count"] = application.deployments[_PAINTER].replica_states.get(_RUNNING, 0)
+                known["until"] = time.monotonic() + 1
+        return known["count"]
+
+    return count
 
 
 async def _ray_metrics() -> bytes:
