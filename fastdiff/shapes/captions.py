@@ -20,7 +20,14 @@ POSITIONS = {
 }
 SIZES = ("small", "large")
 RELATIONS = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
-SYNONYMS = {"grey": "gray", "centre": "center", "middle": "center", "disc": "circle", "big": "large", "violet": "purple"}
+SYNONYMS = {
+    "grey": "gray",
+    "centre": "center",
+    "middle": "center",
+    "disc": "circle",
+    "big": "large",
+    "violet": "purple",
+}
 OPENINGS = ("a picture of", "a drawing of")
 
 HELD_OUT_FRACTION = 0.15
@@ -45,11 +52,16 @@ class Scene:
     relation: str | None = None
 
 
+def combinations() -> Iterator[tuple[str, str, str]]:
+    """Every (shape, colour, background) that can be seen: the colour differs from the background."""
+    return ((s, c, b) for s, c, b in product(SHAPES, COLOURS, BACKGROUNDS) if c != b)
+
+
 def held_out_combinations() -> frozenset[tuple[str, str, str]]:
     """The (shape, colour, background) combinations that training never draws; the same set on every machine."""
-    combinations = list(_combinations())
-    random.Random(2026).shuffle(combinations)
-    return frozenset(combinations[: round(HELD_OUT_FRACTION * len(combinations))])
+    everything = list(combinations())
+    random.Random(2026).shuffle(everything)
+    return frozenset(everything[: round(HELD_OUT_FRACTION * len(everything))])
 
 
 def is_held_out(scene: Scene) -> bool:
@@ -67,7 +79,7 @@ def sample_scene(rng: random.Random, held_out: bool = False, two_things: float =
         two_things: the share of scenes with two things, 0 to 1.
     """
     held = held_out_combinations()
-    allowed = [combination for combination in _combinations() if (combination in held) == held_out]
+    allowed = [combination for combination in combinations() if (combination in held) == held_out]
     shape, colour, background = rng.choice(allowed)
     if rng.random() >= two_things:
         size = rng.choice((None, *SIZES))
@@ -76,7 +88,7 @@ def sample_scene(rng: random.Random, held_out: bool = False, two_things: float =
     # The second thing must differ in shape and colour, so that the oracle can tell which is which.
     others = [
         (s, c)
-        for s, c, b in _combinations()
+        for s, c, b in combinations()
         if b == background and s != shape and c != colour and (held_out or (s, c, b) not in held)
     ]
     things = [Thing(shape, colour), Thing(*rng.choice(others))]
@@ -101,6 +113,10 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
         text = f"{_noun_phrase(thing, terse)}{joint}{scene.background} background"
     if loose and not terse:
         text = f"{rng.choice(OPENINGS)} {text}"
+    if loose:
+        for word, plain in SYNONYMS.items():
+            if rng.random() < 0.5:
+                text = re.sub(rf"\b{plain}\b", word, text)
     return text
 
 
@@ -136,13 +152,9 @@ def vocabulary_hint(prompt: str) -> str | None:
 
 def vocabulary() -> list[str]:
     """Every word of the grammar, sorted; the tokenizer keeps each of them in one token."""
-    phrases = (*SHAPES, *COLOURS, *BACKGROUNDS, *POSITIONS, *POSITIONS.values(), *SIZES, *RELATIONS, *RELATIONS.values())
-    phrases += (*SYNONYMS, *OPENINGS, "an", "and", "on", "background")
+    phrases = (*SHAPES, *COLOURS, *BACKGROUNDS, *SIZES, *SYNONYMS, *OPENINGS, "an", "and", "on", "background")
+    phrases += (*POSITIONS, *POSITIONS.values(), *RELATIONS, *RELATIONS.values())
     return sorted({word for phrase in phrases for word in phrase.split()})
-
-
-def _combinations() -> Iterator[tuple[str, str, str]]:
-    return ((s, c, b) for s, c, b in product(SHAPES, COLOURS, BACKGROUNDS) if c != b)
 
 
 def _noun_phrase(thing: Thing, terse: bool) -> str:

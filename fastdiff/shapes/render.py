@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from .captions import Scene, Thing
+from .captions import SHAPES, Scene, Thing
 
 PALETTE: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
@@ -24,8 +24,8 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 }
 CANVAS = 128
 """Width and height of a drawing, pixels; every length below is in these pixels."""
-RADII = {"small": (17.0, 20.0), "large": (30.0, 36.0), None: (17.0, 36.0)}
-PAIR_RADII = (18.0, 23.0)
+RADII = {"small": (20.0, 23.0), "large": (32.0, 38.0), None: (20.0, 38.0)}
+PAIR_RADII = (20.0, 24.0)
 _SUPERSAMPLE = 4
 _JITTER = 6
 
@@ -48,7 +48,7 @@ def outline(shape: str) -> list[tuple[float, float]]:
     if shape == "triangle":
         return [(0.0, -0.95), (0.98, 0.75), (-0.98, 0.75)]
     if shape == "star":
-        tips = [(1.0 if k % 2 == 0 else 0.42, math.pi * k / 5) for k in range(10)]
+        tips = [(1.0 if k % 2 == 0 else 0.5, math.pi * k / 5) for k in range(10)]
         return [(r * math.sin(angle), -r * math.cos(angle)) for r, angle in tips]
     angles = [2 * math.pi * k / 64 for k in range(64)]
     if shape == "circle":
@@ -65,7 +65,7 @@ def place(scene: Scene, rng: random.Random) -> list[Placement]:
     if scene.relation is None:
         return [_place_one(scene.things[0], rng)]
     offset = {"left": (-31, 0), "right": (31, 0), "above": (0, -31), "below": (0, 31)}[scene.relation]
-    # The pair moves sideways as one, and each thing a little on its own; the gap stays at least 8 pixels.
+    # The pair moves sideways as one, and each thing a little on its own; the gap stays at least 6 pixels.
     drift = rng.uniform(-10, 10)
     placements = []
     for sign, thing in zip((1, -1), scene.things, strict=True):
@@ -82,6 +82,17 @@ def render(scene: Scene, rng: random.Random) -> Image.Image:
     for placement in place(scene, rng):
         mask = shape_mask(placement.thing.shape, placement.x, placement.y, placement.radius)
         picture.paste(placement.rgb, (0, 0), mask)
+    return picture
+
+
+def collage(rng: random.Random, size: int) -> Image.Image:
+    """Draw four overlapping things of any colour anywhere: `size` pixels a side, no caption."""
+    picture = Image.new("RGB", (size, size), _jitter(rng.choice(tuple(PALETTE)), rng))
+    for _ in range(4):
+        shape, colour = rng.choice(SHAPES), rng.choice(tuple(PALETTE))
+        x, y = rng.uniform(0, size), rng.uniform(0, size)
+        mask = shape_mask(shape, x, y, rng.uniform(8, RADII["large"][1]), size)
+        picture.paste(_jitter(colour, rng), (0, 0), mask)
     return picture
 
 
