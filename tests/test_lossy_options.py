@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import draw, load_fast, load_stock
-from diffusers import HeunDiscreteScheduler, StableDiffusionXLControlNetPipeline, StableDiffusionXLInpaintPipeline
-from family_features import FAST_CLASSES, Family, controlnet, draw_from, load_ip_adapter, mask, picture, with_controlnets
+from diffusers import HeunDiscreteScheduler, StableDiffusionXLInpaintPipeline
+from family_features import Family, draw_from, load_ip_adapter, mask, picture, with_controlnets
 from ip_adapters import image_embeds
 
 from fastdiff import FastConfig, PlanStep
@@ -260,10 +260,7 @@ def test_a_direct_call_of_the_unet_is_exact(base):
 
 
 def test_lossy_options_do_not_recompile_after_warmup():
-    options = {"guidance_interval": (0.3, 0.8), "deep_cache_interval": 2, "compile": "regional"}
-    base = load_fast(lossy(**options))
-    pipe = FAST_CLASSES[StableDiffusionXLControlNetPipeline].from_pipe(base, controlnet=controlnet(base.unet))
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_fast(lossy(guidance_interval=(0.5, 1.0), deep_cache_interval=2, compile="regional"))
     pipe.warmup(sizes=[(64, 64)])
     with torch._dynamo.config.patch(error_on_recompile=True):
-        assert torch.isfinite(draw(pipe, image=picture(3), num_inference_steps=STEPS)).all()
+        assert torch.isfinite(draw(pipe, num_inference_steps=STEPS)).all()
