@@ -60,8 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_arguments(explain)
     explain.set_defaults(run=_explain)
 
+    from .bench.commands import add_commands as add_bench
     from .scale.commands import add_commands
 
+    add_bench(commands)
     add_commands(commands)
     return parser
 

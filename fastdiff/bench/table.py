@@ -1,0 +1,76 @@
+"""The ladder's results as text."""
+
+from __future__ import annotations
+
+from .ladder import RECIPE, REFERENCE
+from .machine import describe
+
+UNITS = {"step": "UNet step", "vae": "VAE decode", "picture": "picture"}
+
+
+def title(results: dict) -> str:
+    """What was measured, in one line."""
+    settings = results["settings"]
+    width, height = settings["size"]
+    parts = [settings["model"], f"{width}x{height}", f"batch {settings['batch']} with guidance"]
+    if settings["measures"][0] == "picture":
+        parts.append(f"{settings['steps']} steps")
+    if settings["dtype"] != "bfloat16":
+        parts.append(settings["dtype"])
+    return f"{UNITS[settings['measures'][0]]}: " + ", ".join(parts)
+
+
+def shown_rungs(results: dict) -> list[dict]:
+    """The rungs that were timed, in order."""
+    return [rung for rung in results["rungs"].values() if "times" in rung]
+
+
+def table(results: dict) -> str:
+    """Times with their spread, ratios to stock and to the documented recipe, compile time, memory and error."""
+    measure = results["settings"]["measures"][0]
+    header = ("", "time", "least - greatest", "stock / this", "recipe / this", "compile", "memory", "error")
+    rows = [header]
+    for rung in shown_rungs(results):
+        times, ratios = rung["times"][measure], rung["ratios"][measure]
+        memory = rung.get("memory")
+        rows.append(
+            (
+                rung["label"] + (" *" if "same_as" in rung else ""),
+                seconds(times["median"]),
+                f"{seconds(times['min'])} - {seconds(times['max'])}",
+                ratio(ratios.get(REFERENCE)),
+                ratio(ratios.get(RECIPE)),
+                f"{sum(rung['compile_s'].values()):.0f} s",
+                f"{sum(memory.values()) / 2**30:.1f} GiB" if memory else "-",
+                f"{rung['errors'][measure]:.1e}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = [title(results), describe(results["machine"]), ""]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    lines.append("")
+    reference = results["rungs"].get(REFERENCE, {})
+    if "ratios" in reference:
+        noise = reference["ratios"][measure][REFERENCE]
+        lines.append(
+            f"Ratios are medians over rounds, least to greatest in brackets. Stock against itself: {ratio(noise)}. "
+            "Error: relative distance from stock's result."
+        )
+    for rung in results["rungs"].values():
+        if "same_as" in rung:
+            lines.append(f"* {rung['label']} applies the same here as {results['rungs'][rung['same_as']]['label']}.")
+        if "missing" in rung:
+            lines.append(f"{rung['label']}: {rung['missing']}")
+    return "\n".join(lines)
+
+
+def seconds(value: float) -> str:
+    """A duration with three digits."""
+    return f"{value * 1e3:.3g} ms" if value < 0.9995 else f"{value:.3g} s"
+
+
+def ratio(spread: dict | None) -> str:
+    """Median with least and greatest; a dash for what was not measured."""
+    return "-" if spread is None else f"{spread['median']:.2f} ({spread['min']:.2f}-{spread['max']:.2f})"
