@@ -24,7 +24,7 @@ from fastdiff.scale.rows import read_rows  # noqa: E402
 
 # 24 rows in the default run; FASTDIFF_BATCH_ROWS=200 for the run that is reported.
 ROWS = int(os.environ.get("FASTDIFF_BATCH_ROWS", "24"))
-START_SECONDS = 180
+START_SECONDS = 300
 COLOURS = ("red", "green", "blue")
 COMMAND = [sys.executable, "-c", "import sys; from fastdiff.cli import main; sys.exit(main())", "batch"]
 
@@ -142,6 +142,14 @@ def test_a_torn_line_and_half_written_files_are_dropped(tmp_path):
     folder.close()
     assert [line["key"] for line in manifest(tmp_path)] == ["a", "b"]
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "a.png", "b.png", MANIFEST]
+
+
+def test_a_picture_that_cannot_be_written_has_no_line(tmp_path):
+    folder = OutputFolder(tmp_path)
+    with pytest.raises(OSError):
+        folder.add({"key": "a", "file": "no-such-folder/a.png"}, b"A")
+    folder.close()
+    assert folder.done == set() and (tmp_path / MANIFEST).read_bytes() == b""
 
 
 def test_a_row_whose_picture_is_gone_is_not_done(tmp_path):

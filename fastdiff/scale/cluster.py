@@ -17,7 +17,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     A cluster of our own sends no usage statistics and starts no dashboard.
 
     Raises:
-        UsageError: nothing answers at `address`.
+        UsageError: the cluster at `address` cannot be joined.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -26,8 +26,10 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     try:
         # "local" keeps Ray from joining a cluster that happens to run on this machine.
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
-    except ConnectionError as error:
-        raise UsageError(f"--address {address}: no Ray cluster answers there ({error})") from error
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if address is None:
+            raise
+        raise UsageError(f"--address {address}: cannot join a Ray cluster there: {error}") from error
     try:
         yield
     finally:
