@@ -134,7 +134,8 @@ def _check_guidance_interval(value: object) -> None:
     is_pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(x, int | float) for x in value)
     if not is_pair or not 0.0 <= value[0] < value[1] <= 1.0:
         raise ValueError(
-            f"FastConfig.guidance_interval must be None or a pair (start, end) with 0 <= start < end <= 1, not {value!r}."
+            "FastConfig.guidance_interval must be None or a pair (start, end) with 0 <= start < end <= 1, "
+            f"not {value!r}."
         )
 
 

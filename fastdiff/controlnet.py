@@ -91,7 +91,8 @@ class FastControlNetModel(ControlNetModel):
                 context = self.context_cache.project(context)
             timestep = self._on_device(timestep, sample.device)
             # The scale is no part of the graph: its value would be compiled in.
-            down, mid = self.condition(sample, timestep, context, controlnet_cond, 1.0, *args, return_dict=False, **kwargs)
+            inputs = (sample, timestep, context, controlnet_cond, 1.0, *args)
+            down, mid = self.condition(*inputs, return_dict=False, **kwargs)
             if conditioning_scale != 1.0:
                 down, mid = [residual * conditioning_scale for residual in down], mid * conditioning_scale
             self._remember_shapes(kind, [*down, mid])

@@ -92,7 +92,8 @@ class FastLoadingMixin:
             )
         missing = [name for name in required if name not in arguments and name not in cls._optional_components]
         if missing:
-            raise ValueError(f"{cls.__qualname__}.from_pipe: pass {', '.join(missing)}; {type(pipeline).__name__} has none.")
+            listed = ", ".join(missing)
+            raise ValueError(f"{cls.__qualname__}.from_pipe: pass {listed}; {type(pipeline).__name__} has none.")
         made = cls(**arguments)
         made.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
         if isinstance(pipeline, FastLoadingMixin) and made.scheduler is pipeline.scheduler:

@@ -37,7 +37,7 @@ class FastStableDiffusionXLInpaintPipeline(FastPipelineMixin, StableDiffusionXLI
 
 @stands_in_for(StableDiffusionXLControlNetPipeline)
 class FastStableDiffusionXLControlNetPipeline(FastPipelineMixin, StableDiffusionXLControlNetPipeline):
-    """`StableDiffusionXLControlNetPipeline` at hardware speed, its ControlNets included; see the text-to-image class."""
+    """`StableDiffusionXLControlNetPipeline` at hardware speed, ControlNets included; see the text-to-image class."""
 
 
 @stands_in_for(StableDiffusionXLControlNetImg2ImgPipeline)

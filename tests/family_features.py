@@ -72,7 +72,8 @@ class Family:
 
     def load(self, stock_class: type[DiffusionPipeline] = StableDiffusionXLPipeline, **components):
         """A fresh pipeline in float32 over the embedded checkpoint."""
-        return self._quiet(self._class(stock_class).from_pretrained, fastdiff.EMBEDDED_CHECKPOINT, dtype=torch.float32, **components)
+        make = self._class(stock_class).from_pretrained
+        return self._quiet(make, fastdiff.EMBEDDED_CHECKPOINT, dtype=torch.float32, **components)
 
     def load_file(self, path: Path):
         """A pipeline from one file."""
@@ -366,8 +367,8 @@ def output_types(family: Family) -> torch.Tensor:
     # A value may round to the next of 256 steps: this far apart, it would have rounded the other way in float.
     outputs.append(torch.as_tensor(np.abs(picture.flatten() - outputs[0].numpy()) > 0.6 / 255).float())
     generator = torch.Generator().manual_seed(0)
-    outputs.append(pipe(PROMPT, num_inference_steps=2, generator=generator, output_type="pt", return_dict=False)[0].flatten())
-    return torch.cat(outputs)
+    (tensor,) = pipe(PROMPT, num_inference_steps=2, generator=generator, output_type="pt", return_dict=False)
+    return torch.cat([*outputs, tensor.flatten()])
 
 
 def own_latents_and_generators(family: Family) -> torch.Tensor:
@@ -428,7 +429,11 @@ FEATURES = [
     Feature("Loading", "`from_pipe` with a tiny VAE", from_stock_pipe(with_tiny_vae)),
     Feature("Loading", "components assigned later (`pipe.scheduler = ...`)", changed(lcm)),
     Feature("Prompts", "second and negative prompts", text_to_image(prompt_2="a circle", negative_prompt="blurry")),
-    Feature("Prompts", "lists of prompts, `num_images_per_prompt`", text_to_image(prompt=[PROMPT, "a star"], num_images_per_prompt=2)),
+    Feature(
+        "Prompts",
+        "lists of prompts, `num_images_per_prompt`",
+        text_to_image(prompt=[PROMPT, "a star"], num_images_per_prompt=2),
+    ),
     Feature("Prompts", "weighting by `prompt_embeds`", embeddings),
     Feature("Prompts", "`clip_skip`", text_to_image(clip_skip=1)),
     Feature("Prompts", "textual inversion", changed(textual_inversion)),
@@ -465,8 +470,8 @@ FEATURES = [
     Feature("Memory", "`enable_model_cpu_offload`", changed(model_offload)),
     Feature("Memory", "`enable_sequential_cpu_offload`", changed(sequential_offload)),
     Feature("Memory", "`enable_group_offload`", changed(group_offload)),
-    Feature("Memory", "VAE tiling", changed(lambda pipe: pipe.vae.enable_tiling(), height=192, width=192, output_type="pt")),
-    Feature("Memory", "VAE slicing", changed(lambda pipe: pipe.vae.enable_slicing(), prompt=[PROMPT] * 2, output_type="pt")),
+    Feature("Memory", "VAE tiling", changed(lambda p: p.vae.enable_tiling(), height=192, width=192, output_type="pt")),
+    Feature("Memory", "VAE slicing", changed(lambda p: p.vae.enable_slicing(), prompt=[PROMPT] * 2, output_type="pt")),
     Feature("Memory", "attention slicing", changed(lambda pipe: pipe.enable_attention_slicing())),
     Feature("Calls", "`callback_on_step_end` that changes the prompt", changes_prompt_midway),
     Feature("Calls", "`interrupt`", interrupted),

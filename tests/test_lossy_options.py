@@ -60,7 +60,9 @@ def test_both_are_off_by_default_and_marked_lossy(base):
             assert not step.applied and not step.lossless
 
 
-@pytest.mark.parametrize("value", [(0.5, 0.5), (0.8, 0.2), (-0.1, 1.0), (0.0, 1.1), (0.2,), [0.1, 0.8], 0.5, ("a", "b")])
+@pytest.mark.parametrize(
+    "value", [(0.5, 0.5), (0.8, 0.2), (-0.1, 1.0), (0.0, 1.1), (0.2,), [0.1, 0.8], 0.5, ("a", "b")]
+)
 def test_a_bad_guidance_interval_is_refused(value):
     with pytest.raises(ValueError, match=r"FastConfig.guidance_interval must be None or a pair \(start, end\)"):
         FastConfig(guidance_interval=value)
@@ -145,11 +147,11 @@ NEVER = {"guidance_interval": (0.99, 1.0)}
 
 
 def test_interval_halves_controlnets_too(assert_close):
-    expected = draw(with_controlnets(Family(), count=2), image=[picture(3), picture(4)], guidance_scale=1.0)
+    call = {"image": [picture(3), picture(4)], "guidance_scale": 5.0}
+    expected = draw(with_controlnets(Family(), count=2), **{**call, "guidance_scale": 1.0})
     pipe = with_controlnets(Family(lossy(**NEVER)), count=2)
     result = []
     for net in pipe.controlnet.nets:
-        call = {"image": [picture(3), picture(4)], "guidance_scale": 5.0}
         assert batches_of(net.conv_in, lambda: result.append(draw(pipe, **call))) == [1, 1, 1]
         assert_close(result[-1], expected)
 
