@@ -1,0 +1,59 @@
+"""Draws with stock pipelines and writes the pictures, as raw bytes: `python stock_pictures.py OUT`."""
+
+import sys
+from pathlib import Path
+
+import diffusers
+import torch
+
+CHECKPOINT = Path(__file__).parents[2] / "fastdiff" / "shapes" / "checkpoint"
+SCHEDULERS = [
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+]
+
+
+def main(output: str) -> None:
+    """Draw with each scheduler, then from an image and over a mask; write all pictures to `output`."""
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    text_to_image = diffusers.StableDiffusionXLPipeline.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    image_to_image = diffusers.StableDiffusionXLImg2ImgPipeline(**text_to_image.components)
+    inpaint = diffusers.StableDiffusionXLInpaintPipeline(**text_to_image.components)
+    calls = []
+    for name in SCHEDULERS:
+        scheduler = getattr(diffusers, name).from_config(text_to_image.scheduler.config, clip_sample=False)
+        calls.append((text_to_image, scheduler, {"height": 64, "width": 64}))
+    calls.append((text_to_image, calls[0][1], {"height": 64, "width": 64, "denoising_end": 0.5}))
+    image = torch.linspace(0, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
+    mask = (image[:, :1] > 0.5).float()
+    for _, scheduler, _ in calls[:2]:
+        calls.append((image_to_image, scheduler, {"image": image, "strength": 0.6}))
+    calls.append((inpaint, calls[4][1], {"image": image, "mask_image": mask, "height": 64, "width": 64}))
+
+    with open(output, "wb") as file:
+        for pipe, scheduler, options in calls:
+            pipe.set_progress_bar_config(disable=True)
+            pipe.scheduler = scheduler
+            generator = torch.Generator().manual_seed(0)
+            call = {
+                "prompt": "a red circle",
+                "num_inference_steps": 4,
+                "output_type": "np",
+                "generator": generator,
+            }
+            file.write(pipe(**call, **options).images.tobytes())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
