@@ -7,11 +7,14 @@ the patched tree where `FASTDIFF_PATCHED_TREE` names one and `PYTHONPATH` its `s
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
+import pytest
 import torch
 from torch import nn
 
@@ -55,6 +58,18 @@ class Leg:
         """Have keys and values of the prompt kept; in fastdiff they are."""
         if self.patched:
             unet.enable_cache(diffusers.TextKVCacheConfig())
+
+    def compile_regions(self, model: nn.Module, backend: Callable) -> list[nn.Module]:
+        """Compile the regions of a model with a given backend, which is cheap; returns the regions."""
+        if self.patched:
+            model.compile_repeated_blocks(fullgraph=True, backend=backend)
+            return [module for module in model.modules() if module._compiled_call_impl is not None]
+        from fastdiff.compilation import apply_compilation, repeated_blocks
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+            apply_compilation(model, "regional")
+        return repeated_blocks(model)
 
 
 _TREE = os.environ.get("FASTDIFF_PATCHED_TREE")
