@@ -516,12 +516,12 @@ def test_the_server_stays_up_under_hostile_requests(server):
 
 def batches_drawn(url):
     """(batches, pictures in them) since the server started, as its metrics tell."""
-    counts = {"count": 0.0, "sum": 0.0}
+    counts = {"batches": 0.0, "pictures": 0.0}
     for line in get(f"{url}/metrics")[1].decode().splitlines():
         for name in counts:
-            if line.startswith(f"ray_fastdiff_batch_pictures_{name}"):
+            if line.startswith(f"ray_fastdiff_{name}_total{{"):
                 counts[name] += float(line.rpartition(" ")[2])
-    return counts["count"], counts["sum"]
+    return counts["batches"], counts["pictures"]
 
 
 def wait_for_batches(url, pictures):
@@ -536,7 +536,10 @@ def test_metrics_are_those_of_ray(server):
     url, _ = server
     assert get(f"{url}/generate", {"prompt": "x", **SMALL})[0] == 200
     assert wait_for_batches(url, 1)[0] >= 1
-    assert b"serve_num_http_requests" in get(f"{url}/metrics")[1]
+    end = time.monotonic() + 60
+    while b"ray_serve_num_http_requests" not in get(f"{url}/metrics")[1]:
+        assert time.monotonic() < end
+        time.sleep(1)
 
 
 def unshared_memory(process):
