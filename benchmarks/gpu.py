@@ -59,7 +59,7 @@ def report(results: dict) -> str:
         f"bfloat16 product {peak:.3g} TFLOP/s",
         "",
         "| | UNet ms/step | VAE ms | picture ms | pictures/s | stock / this | recipe / this | TFLOP/s | of product "
-        "| memory GiB | waits/step | compile s |",
+        "| memory GiB | waits/step | set-up s |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for rung in results["rungs"].values():
@@ -83,7 +83,7 @@ def report(results: dict) -> str:
             f"{tflops / peak:.0%}",
             memory,
             waits,
-            f"{sum(rung['compile_s'].values()):.0f}",
+            f"{sum(rung['setup_s'].values()):.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -6,7 +6,7 @@ The ladder on the full-size UNet, on an idle CPU, from the repository's root:
         --json benchmarks/results/ladder_cpu_DATE.json --plot benchmarks/results/ladder_cpu_DATE.png
 """
 
-from fastdiff.bench.ladder import LADDER, RECIPE, REFERENCE, Rung, rungs_for
-from fastdiff.bench.settings import MEASURES, SDXL_RANDOM, Settings
+from fastdiff.bench.ladder import LADDER, Rung, rungs_for
+from fastdiff.bench.settings import MEASURES, RECIPE, REFERENCE, SDXL_RANDOM, Settings
 
 __all__ = ["LADDER", "MEASURES", "RECIPE", "REFERENCE", "SDXL_RANDOM", "Rung", "Settings", "rungs_for"]

@@ -12,13 +12,8 @@ from torch import nn
 
 from ..config import FastConfig
 from ..pipelines import FastStableDiffusionXLPipeline
-from .settings import Settings
+from .settings import REFERENCE, Settings
 from .stock import twin
-
-REFERENCE = "sdpa"
-"""The rung that all ratios refer to: stock diffusers as it is by default, in the settings' dtype."""
-
-RECIPE = "recipe"
 
 # What diffusers' guide "Accelerate inference" sets in inductor's global configuration, for this compilation alone.
 _RECIPE_CUDA = {

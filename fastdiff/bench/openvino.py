@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 
@@ -40,9 +42,13 @@ def run_in_openvino(unet: nn.Module, settings: Settings) -> None:
         # Weights stay 16-bit; without this the whole UNet would have to be there in float32 once more.
         __make_16bit_traceable(unet)
     example = tuple(tensor.float() for tensor in tensors)
-    model = openvino.convert_model(_Positional(unet), example_input=example)
+    with warnings.catch_warnings():
+        # Sizes become constants, which is wanted: the shapes are static.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        model = openvino.convert_model(_Positional(unet), example_input=example)
     model.reshape({port: list(tensor.shape) for port, tensor in zip(model.inputs, example, strict=True)})
-    compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+    options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.compile_model(model, "CPU", options)
 
     def forward(sample, timestep, encoder_hidden_states, *, added_cond_kwargs, **kwargs) -> tuple[torch.Tensor]:
         tensors = (sample, timestep, encoder_hidden_states, *added_cond_kwargs.values())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .ladder import REFERENCE
 from .machine import describe
+from .settings import REFERENCE
 from .table import seconds, shown_rungs, title
 
 _COLOURS = {"stock": "#8a93a3", "fastdiff": "#d1495b", "peer": "#c9ced6"}
@@ -54,12 +54,7 @@ def draw(results: dict, path: Path) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     kinds = [kind for kind in _COLOURS if any(rung["kind"] == kind for rung in rungs)]
-    axes.legend(
-        handles=[Patch(color=_COLOURS[kind], label=_LEGEND[kind]) for kind in kinds],
-        loc="lower right",
-        fontsize=8,
-        frameon=False,
-    )
-    figure.suptitle(title(results), fontsize=11)
-    axes.set_title(f"{describe(results['machine'])}; {results['date']}", fontsize=8, color="#555555")
+    handles = [Patch(color=_COLOURS[kind], label=_LEGEND[kind]) for kind in kinds]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(kinds), fontsize=8, frameon=False)
+    figure.suptitle(f"{title(results)}\n{describe(results['machine'])}; {results['date']}", fontsize=10)
     figure.savefig(path, metadata={"Software": None} if path.suffix == ".png" else None)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .ladder import LADDER, RECIPE, REFERENCE, Rung, weight_bytes
+from .ladder import LADDER, Rung, weight_bytes
 from .machine import machine_info
-from .settings import Settings
+from .settings import RECIPE, REFERENCE, Settings
 from .stock import load_stock
 from .timing import Memory, spread, timed
 from .workloads import as_array, step_flops, workload
@@ -93,10 +93,9 @@ class _Runner:
     def __init__(self, rung: Rung, base, settings: Settings):
         self.rung, self.settings = rung, settings
         self.memory = Memory(settings.device)
-        self.pipe = rung.build(base, settings)
-        self.plan = _plan(self.pipe)
+        build_s, (self.pipe, self.plan) = timed(lambda: _built(rung, base, settings), settings.device)
         self.outputs: dict[str, np.ndarray] = {}
-        self.compile_s: dict[str, float] = {}
+        self.setup_s = {"build": round(build_s, 2)}
 
     def warm_up(self) -> None:
         """Call each workload until it is as fast as it gets."""
@@ -105,7 +104,7 @@ class _Runner:
             # Two steps of a picture compile all that thirty need.
             function = workload(name, self.pipe, self.settings, steps=2)
             calls = [timed(function, self.settings.device)[0] for _ in range(_WARMUP_CALLS)]
-            self.compile_s[name] = round(max(0.0, sum(calls[:-1]) - (len(calls) - 1) * calls[-1]), 2)
+            self.setup_s[name] = round(max(0.0, sum(calls[:-1]) - (len(calls) - 1) * calls[-1]), 2)
         self.memory.reset_peak()
 
     def call(self, name: str) -> float:
@@ -136,7 +135,7 @@ def _climb(rung: Rung, base, anchors: dict[str, _Runner], results: dict, progres
 
 def _measure(runner: _Runner, anchors: dict[str, _Runner], progress: tqdm) -> dict:
     settings = runner.settings
-    record = {"times": {}, "ratios": {}, "errors": {}, "compile_s": runner.compile_s, "plan": runner.plan}
+    record = {"times": {}, "ratios": {}, "errors": {}, "setup_s": runner.setup_s, "plan": runner.plan}
     for name in settings.measures:
         progress.set_postfix_str(name)
         times, ratios = _rounds(name, runner, anchors, settings)
@@ -206,11 +205,11 @@ def _waits(runner: _Runner) -> dict | None:
     return {"per_step": (counts[-1] - counts[0]) / (len(counts) - 1), "per_picture_of_4_steps": total}
 
 
-def _plan(pipe) -> list[str] | None:
-    """What a fast pipeline applies, which is done here and now; None for a stock one."""
-    if not hasattr(pipe, "plan"):
-        return None
-    return [f"{step.name}: {step.reason}" for step in pipe.plan if step.applied]
+def _built(rung: Rung, base, settings: Settings) -> tuple:
+    """A rung's pipeline, and what it applies if it is a fast one, which is done here and now."""
+    pipe = rung.build(base, settings)
+    plan = [f"{step.name}: {step.reason}" for step in pipe.plan if step.applied] if hasattr(pipe, "plan") else None
+    return pipe, plan
 
 
 def _open_results(settings: Settings, path: Path | None, model_name: str | None) -> dict:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .ladder import RECIPE, REFERENCE
 from .machine import describe
+from .settings import RECIPE, REFERENCE
 
 UNITS = {"step": "UNet step", "vae": "VAE decode", "picture": "picture"}
 
@@ -26,9 +26,9 @@ def shown_rungs(results: dict) -> list[dict]:
 
 
 def table(results: dict) -> str:
-    """Times with their spread, ratios to stock and to the documented recipe, compile time, memory and error."""
+    """Times, ratios to stock and to the documented recipe, set-up (building, compiling), memory and error."""
     measure = results["settings"]["measures"][0]
-    header = ("", "time", "least - greatest", "stock / this", "recipe / this", "compile", "memory", "error")
+    header = ("", "time", "least - greatest", "stock / this", "recipe / this", "set-up", "memory", "error")
     rows = [header]
     for rung in shown_rungs(results):
         times, ratios = rung["times"][measure], rung["ratios"][measure]
@@ -40,8 +40,8 @@ def table(results: dict) -> str:
                 f"{seconds(times['min'])} - {seconds(times['max'])}",
                 ratio(ratios.get(REFERENCE)),
                 ratio(ratios.get(RECIPE)),
-                f"{sum(rung['compile_s'].values()):.0f} s",
-                f"{sum(memory.values()) / 2**30:.1f} GiB" if memory else "-",
+                f"{sum(rung['setup_s'].values()):.0f} s",
+                size(sum(memory.values())) if memory else "-",
                 f"{rung['errors'][measure]:.1e}",
             )
         )
@@ -69,6 +69,11 @@ def table(results: dict) -> str:
 def seconds(value: float) -> str:
     """A duration with three digits."""
     return f"{value * 1e3:.3g} ms" if value < 0.9995 else f"{value:.3g} s"
+
+
+def size(count: int) -> str:
+    """Bytes in GiB, or in MiB where that says more."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def ratio(spread: dict | None) -> str:

@@ -1,0 +1,96 @@
+"""Writes the README's numbers from the committed results: `python benchmarks/readme.py`.
+
+The newest file of each theme counts: `attention_*.json` (pytest-benchmark, the UNet step), `ladder_*.json` (`fastdiff
+bench` and `benchmarks/gpu.py`, one for each kind of hardware and batch). What is not there is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from fastdiff.bench.machine import describe  # noqa: E402
+from fastdiff.bench.settings import RECIPE, REFERENCE  # noqa: E402
+from fastdiff.bench.table import ratio, seconds, shown_rungs, title  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+
+def render(results: Path = RESULTS) -> str:
+    """The README's section of measured numbers, in Markdown."""
+    sections = [_ladder(path) for path in _newest(results.glob("ladder_*.json"))]
+    sections += [_attention(path) for path in _newest(results.glob("attention_*.json"))]
+    return "\n\n".join(["## Measured", *sections]) if sections else ""
+
+
+def updated(readme: str, results: Path = RESULTS) -> str:
+    """The README's text with its measured section made anew."""
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    section = render(results)
+    return f"{before}{BEGIN}\n{section}{chr(10) if section else ''}{END}{after}"
+
+
+def _newest(paths) -> list[Path]:
+    """Of files that are called alike but for the date at the end, the last."""
+    return list({path.stem.rpartition("_")[0]: path for path in sorted(paths)}.values())
+
+
+def _ladder(path: Path) -> str:
+    results = json.loads(path.read_text(encoding="utf-8"))
+    measure = results["settings"]["measures"][0]
+    lines = [f"**{title(results)}**", ""]
+    if path.with_suffix(".png").exists():
+        lines += [f"![How each rung shortens the time](benchmarks/results/{path.stem}.png)", ""]
+    lines += ["| | time, median | stock / this | recipe / this |", "|---|---|---|---|"]
+    for rung in shown_rungs(results):
+        against = rung["ratios"][measure]
+        same = f" (here the same as {rung['same_as']})" if "same_as" in rung else ""
+        cells = [rung["label"] + same, seconds(rung["times"][measure]["median"])]
+        cells += [ratio(against.get(name)) for name in (REFERENCE, RECIPE)]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"{describe(results['machine'])}; {results['date']}. Ratios are medians over rounds in which both were timed "
+        f"in turn, least to greatest in brackets. From [{path.name}](benchmarks/results/{path.name}).",
+    ]
+    return "\n".join(lines)
+
+
+def _attention(path: Path) -> str:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    machine = data["machine_info"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines = [
+        "One step of the full-size UNet (2.57 B parameters, random weights), bfloat16, classifier-free guidance, with "
+        "no compiler: fused projections, channels_last and the context cache against stock, timed in turn in one run.",
+        "",
+        "| size | stock | fast | stock / fast, median (least to greatest) |",
+        "|---|---|---|---|",
+    ]
+    steps = [b for b in data["benchmarks"] if b["params"] and b["params"].get("timed") == "fast"]
+    for step in sorted(steps, key=lambda b: b["params"]["size"]):
+        size, info = step["params"]["size"], step["extra_info"]
+        ratios = f"{info['ratio_median']:.2f} ({info['ratio_min']:.2f} to {info['ratio_max']:.2f})"
+        lines.append(f"| {size}x{size} | {info['peer_median_s']:.2f} s | {step['stats']['median']:.2f} s | {ratios} |")
+    lines += [
+        "",
+        f"{machine['cpu']['brand_raw']}, {machine['cpus']} cores, AMX {'yes' if machine['amx_bf16'] else 'no'}; "
+        f"{versions}. From [{path.name}](benchmarks/results/{path.name}); repeat it with `pip install '.[bench]' && "
+        "pytest benchmarks/test_bench_unet.py --model sdxl-random --size 256 --size 512`.",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    text = updated(readme.read_text(encoding="utf-8"))
+    if "--check" in sys.argv[1:]:
+        current = readme.read_text(encoding="utf-8")
+        sys.exit(0 if text == current else "README.md differs from the results: run benchmarks/readme.py")
+    readme.write_text(text, encoding="utf-8")
