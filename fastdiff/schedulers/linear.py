@@ -109,13 +109,12 @@ def _read(scheduler: Any, names: Iterable[str]) -> Iterable[torch.Tensor | None]
 
 
 def _write(scheduler: Any, names: Iterable[str], units: Iterable[torch.Tensor]) -> None:
-    """Put unit vectors in the place of the tensors, where there are any."""
+    """Put unit vectors in the place of the tensors; what is not there yet decides branches and stays away."""
     units = iter(units)
     for name in names:
         value = getattr(scheduler, name, None)
         if isinstance(value, list):
-            pairs = zip(value, units, strict=False)
-            setattr(scheduler, name, [unit if kept is not None else None for kept, unit in pairs])
+            setattr(scheduler, name, [next(units) for _ in value])
         else:
             unit = next(units)
             if value is not None:

@@ -60,7 +60,7 @@ class ScalarsOnHost(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.ones:
             return func(*args, **{**kwargs, "device": "cpu"})
-        if func is torch.Tensor.to and args[0].ndim <= 1 and isinstance(args[1], torch.device):
+        if func is torch.Tensor.to and args[0].ndim <= 1 and isinstance(args[-1], torch.device):
             return args[0]
         if func is torch.einsum:
             _, weights, tensors = args
