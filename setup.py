@@ -4,7 +4,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "scikit-image>=0.24", "matplotlib>=3.9"]
+RAY = ["ray[data,serve]>=2.60,<3"]
+BENCH = ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.9"]
+TEST = [*BENCH, *RAY, "hypothesis>=6.100", "scikit-image>=0.24", "schemathesis>=4.32", "httpx2", "psutil"]
 
 setup(
     name="fastdiff",
@@ -16,7 +18,10 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["fastdiff", "fastdiff.*"]),
-    package_data={"fastdiff.shapes": ["MODEL_CARD.md", "checkpoint/*.json", "checkpoint/*/*"]},
+    package_data={
+        "fastdiff.shapes": ["MODEL_CARD.md", "checkpoint/*.json", "checkpoint/*/*"],
+        "fastdiff.scale": ["page.html"],
+    },
     install_requires=[
         "torch>=2.11,<2.14",
         "diffusers>=0.42,<0.43",
@@ -31,8 +36,8 @@ setup(
     ],
     extras_require={
         "test": TEST,
-        "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.9", "openvino>=2026.0"],
-        "ray": ["ray[data,serve]>=2.40"],
+        "bench": [*BENCH, "openvino>=2026.0"],
+        "ray": RAY,
     },
     entry_points={"console_scripts": ["fastdiff=fastdiff.cli:main"]},
 )
