@@ -82,6 +82,8 @@ class FastPipelineMixin(FastLoadingMixin):
         self.fast_config = config
         self._calls = _Calls()
         self._owner = None
+        # Stock sets it when a call begins; a call on a view may come before the first on the pipeline itself.
+        self._interrupt = False
         self._plan: list[PlanStep] | None = None
         self._plan_key: tuple | None = None
         self._unread: FiniteCheck | None = None
