@@ -30,6 +30,8 @@ def choose_compile(requested: str, module: nn.Module, device: torch.device) -> C
     parameters = sum(p.numel() for p in module.parameters())
     if parameters < _MIN_PARAMETERS:
         return CompileChoice("off", f"{parameters / 1e6:.0f} M parameters: compiling takes longer than it saves")
+    if device.type == "cpu":
+        return CompileChoice("off", "takes minutes on cpu and was not yet measured to win there; ask with 'regional'")
     return CompileChoice("regional", f"repeated blocks on {device.type}")
 
 
