@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import permutations
 
 import numpy as np
@@ -21,6 +22,8 @@ _MAX_COLOUR_ERROR = 25.0
 """Distance in CIELAB from the nearest palette colour beyond which a colour has no name."""
 _MIN_OVERLAP = 0.75
 """Intersection over union with the ideal outline below which a shape has no name."""
+_BLUNTNESS = 0.08
+"""Radius of the corners that still count as the shape's, as a share of its extent."""
 _MIN_AREA = 1 / 300
 """Share of the picture below which a region is a speck, not a thing."""
 _CENTRAL = 0.1
@@ -130,21 +133,38 @@ def _compare(scene: Scene, background: str | None, seen: Sequence[Seen]) -> Verd
 
 def _name_shape(mask: np.ndarray) -> str | None:
     """The shape whose outline, stretched to the mask's bounding box, overlaps it best."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not rows.size:
+    mask = _cropped(mask)
+    if not mask.size:
         return None
-    mask = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    overlaps = {shape: _overlap(mask, _ideal(shape, *mask.shape)) for shape in SHAPES}
+    overlaps = {
+        shape: max(_overlap(mask, _stretched(ideal, *mask.shape)) for ideal in _ideals(shape)) for shape in SHAPES
+    }
     best = max(overlaps, key=overlaps.__getitem__)
     return best if overlaps[best] >= _MIN_OVERLAP else None
 
 
-def _ideal(shape: str, height: int, width: int) -> np.ndarray:
+@cache
+def _ideals(shape: str) -> tuple[np.ndarray, np.ndarray]:
+    """The shape's mask, cropped, with sharp and with blunt corners: a latent pixel is as wide as a star's tip."""
     from skimage.draw import polygon2mask
 
-    points = np.array(outline(shape))[:, ::-1]
-    points = (points - points.min(axis=0)) / np.ptp(points, axis=0)
-    return polygon2mask((height, width), points * [height, width] - 0.5)
+    _, _, morphology = _skimage()
+    side = 128
+    points = (np.array(outline(shape))[:, ::-1] + 1) / 2 * (side - 1)
+    sharp = polygon2mask((side, side), points)
+    blunt = morphology.opening(sharp, morphology.disk(round(_BLUNTNESS * side)))
+    return _cropped(sharp), _cropped(blunt)
+
+
+def _cropped(mask: np.ndarray) -> np.ndarray:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] if rows.size else mask[:0]
+
+
+def _stretched(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    rows = (np.arange(height) + 0.5) * mask.shape[0] / height
+    columns = (np.arange(width) + 0.5) * mask.shape[1] / width
+    return mask[rows.astype(int)[:, None], columns.astype(int)]
 
 
 def _overlap(one: np.ndarray, other: np.ndarray) -> float:

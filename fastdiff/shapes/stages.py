@@ -128,6 +128,8 @@ class DenoiserStage:
         self.noise_schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
         alphas = self.noise_schedule.alphas_cumprod
         snr = alphas / (1 - alphas)
+        # Which colour goes with which shape is learnt last: scenes of two things come up twice as often.
+        self.shares = torch.tensor([float(len(scene.things)) for scene in pool.scenes])
         self.weights = (snr.clamp(max=MIN_SNR_GAMMA) / (snr + 1)).to(device)
 
     def modules(self) -> list[nn.Module]:
@@ -136,7 +138,7 @@ class DenoiserStage:
     def loss(self, step: int) -> Tensor:
         rng = random.Random(f"{self.name}-{self.seed}-{step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(48))
-        picks = torch.randint(len(self.pool.scenes), (self.batch,), generator=generator)
+        picks = torch.multinomial(self.shares, self.batch, replacement=True, generator=generator)
         captions = [caption(self.pool.scenes[i], rng) for i in picks.tolist()]
         states, pooled = encode_text(self.pipeline, *token_ids(self.pipeline, captions, self.device))
         keep = (torch.rand(self.batch, generator=generator) >= CAPTION_DROPOUT).to(self.device)

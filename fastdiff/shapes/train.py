@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, required=True, help="state of the run, to continue from")
     parser.add_argument("--output", type=Path, required=True, help="where the checkpoint goes")
     parser.add_argument("--minutes", type=float, help="time budget; run again to continue (default: none)")
-    parser.add_argument("--vae-steps", type=int, default=3200)
+    parser.add_argument("--vae-steps", type=int, default=4800)
     parser.add_argument("--decoder-steps", type=int, default=1000, help="more steps of the autoencoder's decoder")
     parser.add_argument("--text-steps", type=int, default=300)
     parser.add_argument("--steps", type=int, default=4000, help="steps of the denoiser")
