@@ -87,7 +87,8 @@ def settings(request, model: str, size: int, batch: int, device: str, dtype: str
 
 def pytest_benchmark_update_machine_info(config, machine_info: dict) -> None:
     """Versions, processor, threads, GPU and power limit, without the host's name."""
-    machine_info.pop("node", None)
+    for name in ("node", "release"):
+        machine_info.pop(name, None)
     ours = machine.machine_info("cuda" if torch.cuda.is_available() else "cpu")
     # The plugin's own description of the processor says more.
     machine_info.update({name: value for name, value in ours.items() if name not in machine_info})

@@ -89,6 +89,13 @@ def test_a_twin_leaves_the_shared_weights_alone(change):
         assert weight_bytes(changed) == weight_bytes(base)
 
 
+def test_a_fast_rung_leaves_the_shared_weights_alone(base):
+    before = {name: (p.data_ptr(), p.storage_offset()) for name, p in base.unet.named_parameters()}
+    (exact,) = rungs_for(STEP, ["exact"])[1:]
+    assert any(step.name == "fuse_qkv" and step.applied for step in exact.build(base, STEP).plan)
+    assert {name: (p.data_ptr(), p.storage_offset()) for name, p in base.unet.named_parameters()} == before
+
+
 def test_every_rung_is_timed_against_stock(climbed):
     results, path = climbed
     assert json.loads(path.read_text()) == results

@@ -67,7 +67,9 @@ def _recipe(base: StableDiffusionXLPipeline, settings: Settings) -> StableDiffus
 
 def _preset(name: str) -> Build:
     def build(base: StableDiffusionXLPipeline, settings: Settings) -> StableDiffusionXLPipeline:
-        pipe = FastStableDiffusionXLPipeline.from_pipe(twin(base, channels_last=True), fast=FastConfig.preset(name))
+        # Fusing moves weights within their `Parameter` objects; compiled code of other rungs would see that.
+        stock = twin(base, channels_last=True, own_parameters=True)
+        pipe = FastStableDiffusionXLPipeline.from_pipe(stock, fast=FastConfig.preset(name))
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -84,7 +86,12 @@ def _compile_regions(base: StableDiffusionXLPipeline, settings: Settings) -> Sta
     from accelerate.utils import compile_regions
 
     pipe = twin(base, channels_last=True)
-    pipe.unet = compile_regions(pipe.unet)
+    # Not the UNet itself: it asks `if self.conv_norm_out:`, which a compiled module answers with a TypeError.
+    unet = pipe.unet
+    unet.mid_block = compile_regions(unet.mid_block)
+    for blocks in (unet.down_blocks, unet.up_blocks):
+        for index, block in enumerate(blocks):
+            blocks[index] = compile_regions(block)
     return pipe
 
 
@@ -118,7 +125,7 @@ LADDER: tuple[Rung, ...] = (
     Rung("balanced", 'fastdiff "balanced" (default)', _preset("balanced"), "fastdiff"),
     Rung("max", 'fastdiff "max"', _preset("max"), "fastdiff"),
     Rung("compile-repeated-blocks", "compile_repeated_blocks (diffusers)", _compile_repeated_blocks, "peer"),
-    Rung("compile-regions", "compile_regions (accelerate)", _compile_regions, "peer", _no_compile_regions),
+    Rung("compile-regions", "compile_regions by block (accelerate)", _compile_regions, "peer", _no_compile_regions),
     Rung("openvino", "OpenVINO", _openvino, "peer", _no_openvino),
 )
 

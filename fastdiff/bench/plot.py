@@ -25,29 +25,29 @@ def draw(results: dict, path: Path) -> None:
 
     rungs = shown_rungs(results)
     measure = results["settings"]["measures"][0]
-    medians = [rung["times"][measure]["median"] for rung in rungs]
     figure = Figure(figsize=(10, 1.7 + 0.44 * len(rungs)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    longest = max(rung["times"][measure]["max"] for rung in rungs)
-    previous = None
-    for row, (rung, median) in enumerate(zip(rungs, medians, strict=True)):
-        times = rung["times"][measure]
-        if previous is not None and previous > median and rung["kind"] != "peer":
-            axes.barh(row, previous - median, left=median, color=_SAVED, height=0.66)
+    # Stock's share of the same rounds, not the seconds: those were taken at different moments of a machine whose
+    # speed may have changed.
+    shares = [_share(rung["ratios"][measure][REFERENCE]) for rung in rungs]
+    longest = max(greatest for _, _, greatest in shares)
+    previous = 0.0
+    for row, (rung, (least, median, greatest)) in enumerate(zip(rungs, shares, strict=True)):
+        if rung["kind"] == "peer":
+            previous = 0.0
+        axes.barh(row, max(previous - median, 0), left=median, color=_SAVED, height=0.66)
         axes.barh(row, median, color=_COLOURS[rung["kind"]], height=0.66)
-        axes.plot([times["min"], times["max"]], [row, row], color="#333333", linewidth=1.1)
-        for end in ("min", "max"):
-            axes.plot([times[end]] * 2, [row - 0.14, row + 0.14], color="#333333", linewidth=1.1)
-        ratio = rung["ratios"][measure][REFERENCE]["median"]
-        right = max(times["max"], previous or 0 if rung["kind"] != "peer" else 0)
-        factor = "  (= 1)" if rung is results["rungs"].get(REFERENCE) else f"  ({ratio:.2f}x)"
-        axes.text(right + longest * 0.012, row, seconds(median) + factor, va="center", fontsize=9)
+        axes.plot([least, greatest], [row, row], color="#333333", linewidth=1.1)
+        for end in (least, greatest):
+            axes.plot([end, end], [row - 0.14, row + 0.14], color="#333333", linewidth=1.1)
+        text = f"{1 / median:.2f}x   {seconds(rung['times'][measure]['median'])}"
+        axes.text(max(greatest, previous) + longest * 0.012, row, text, va="center", fontsize=9)
         previous = median
     axes.set_yticks(range(len(rungs)), [rung["label"] for rung in rungs], fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlim(0, longest * 1.2)
-    axes.set_xlabel("seconds, median; whiskers: least and greatest; in brackets: speed relative to stock's default")
+    axes.set_xlim(0, longest * 1.15)
+    axes.set_xlabel("time relative to stock's default, timed in turn with it; median, least and greatest of the rounds")
     axes.xaxis.label.set_size(8)
     axes.tick_params(axis="x", labelsize=8)
     axes.tick_params(axis="y", length=0)
@@ -58,3 +58,8 @@ def draw(results: dict, path: Path) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=len(kinds), fontsize=8, frameon=False)
     figure.suptitle(f"{title(results)}\n{describe(results['machine'])}; {results['date']}", fontsize=10)
     figure.savefig(path, metadata={"Software": None} if path.suffix == ".png" else None)
+
+
+def _share(ratio: dict) -> tuple[float, float, float]:
+    """Least, median and greatest time, with stock's as 1, of a ratio stock / this."""
+    return 1 / ratio["max"], 1 / ratio["median"], 1 / ratio["min"]

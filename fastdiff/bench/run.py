@@ -150,6 +150,8 @@ def _measure(runner: _Runner, anchors: dict[str, _Runner], progress: tqdm) -> di
 
 def _rounds(name: str, runner: _Runner, anchors: dict[str, _Runner], settings: Settings) -> tuple[dict, dict]:
     """Time the runner and the anchors in turn. The reference, timed beside itself, shows how far equals differ."""
+    for other in anchors.values():
+        other.call(name)  # building a rung may have pushed its weights out of the caches
     own: list[float] = []
     others: dict[str, list[float]] = {anchor: [] for anchor in anchors}
     while len(own) < settings.rounds:
