@@ -1,7 +1,8 @@
 """Writes the README's numbers from the committed results: `python benchmarks/readme.py`.
 
 The newest file of each theme counts: `attention_*.json` (pytest-benchmark, the UNet step), `ladder_*.json` (`fastdiff
-bench` and `benchmarks/gpu.py`, one for each kind of hardware and batch). What is not there is left out.
+bench` and `benchmarks/gpu.py`, one for each kind of hardware and batch), `shapes_*.json` (`python -m
+fastdiff.shapes.evaluate`). What is not there is left out.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def render(results: Path = RESULTS) -> str:
     """The README's section of measured numbers, in Markdown."""
     sections = [_ladder(path) for path in _newest(results.glob("ladder_*.json"))]
     sections += [_attention(path) for path in _newest(results.glob("attention_*.json"))]
+    sections += [_adherence(path) for path in _newest(results.glob("shapes_*.json"))]
     return "\n\n".join(["## Measured", *sections]) if sections else ""
 
 
@@ -39,6 +41,30 @@ def updated(readme: str, results: Path = RESULTS) -> str:
 def _newest(paths) -> list[Path]:
     """Of files that are called alike but for the date at the end, the last."""
     return list({path.stem.rpartition("_")[0]: path for path in sorted(paths)}.values())
+
+
+def _adherence(path: Path) -> str:
+    results = json.loads(path.read_text(encoding="utf-8"))
+    first = results["rows"][0]
+    lines = [
+        f"**What the embedded model draws: {first['captions']} captions that it was not trained on**, {first['steps']} "
+        f"Euler steps, guidance {first['guidance_scale']:g}, the same seeds; shape, colour and background judged by "
+        "image analysis",
+        "",
+    ]
+    if path.with_suffix(".png").exists():
+        lines += [f"![The same prompts and seeds, a row for each variant](benchmarks/results/{path.stem}.png)", ""]
+    lines += ["| | dtype | captions satisfied | PSNR to stock | SSIM to stock |", "|---|---|---|---|---|"]
+    for row in results["rows"]:
+        psnr = row["psnr_vs_stock_db"]
+        closeness = ["", ""] if row["variant"] == "stock" else [
+            "equal" if psnr is None else f"{psnr:.1f} dB", f"{row['ssim_vs_stock']:.3f}"
+        ]
+        cells = [f"`{row['variant']}`", row["dtype"], f"{row['satisfied']:.1%}", *closeness]
+        lines.append("| " + " | ".join(cells) + " |")
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items() if name != "fastdiff")
+    lines += ["", f"{results['hardware']}; {versions}; {results['date']}. From [{path.name}](benchmarks/results/{path.name})."]
+    return "\n".join(lines)
 
 
 def _ladder(path: Path) -> str:
