@@ -63,7 +63,8 @@ def _adherence(path: Path) -> str:
         cells = [f"`{row['variant']}`", row["dtype"], f"{row['satisfied']:.1%}", *closeness]
         lines.append("| " + " | ".join(cells) + " |")
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items() if name != "fastdiff")
-    lines += ["", f"{results['hardware']}; {versions}; {results['date']}. From [{path.name}](benchmarks/results/{path.name})."]
+    source = f"From [{path.name}](benchmarks/results/{path.name})."
+    lines += ["", f"{results['hardware']}; {versions}; {results['date']}. {source}"]
     return "\n".join(lines)
 
 
