@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
-import pytest
-import torch
-from diffusers import StableDiffusionXLPipeline
-from diffusers.utils import logging as diffusers_logging
+# Before torch is imported: small products gain nothing from threads, and pictures of this process are compared bit for
+# bit with those of processes that it starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import fastdiff
-from fastdiff import FastConfig, FastStableDiffusionXLPipeline
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from diffusers import StableDiffusionXLPipeline  # noqa: E402
+from diffusers.utils import logging as diffusers_logging  # noqa: E402
+
+import fastdiff  # noqa: E402
+from fastdiff import FastConfig, FastStableDiffusionXLPipeline  # noqa: E402
 
 diffusers_logging.disable_progress_bar()
 
