@@ -53,9 +53,10 @@ class FusedQKVAttnProcessor(AttnProcessor2_0):
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
+        padding_mask = None
         if cached:
             query = attn.to_q(hidden_states)
-            key, value = encoder_hidden_states
+            key, value, padding_mask = encoder_hidden_states
         else:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
@@ -64,7 +65,10 @@ class FusedQKVAttnProcessor(AttnProcessor2_0):
         if attn.norm_k is not None:
             key = attn.norm_k(key)
 
-        if attention_mask is not None:
+        if attention_mask is None:
+            attention_mask = padding_mask
+        else:
+            key, value = (x[:, :, : attention_mask.shape[-1]] for x in (key, value))
             attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[2], key.shape[0])
             attention_mask = attention_mask.unflatten(0, (-1, attn.heads))
         hidden_states = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
@@ -76,7 +80,9 @@ class FusedQKVAttnProcessor(AttnProcessor2_0):
             hidden_states = hidden_states.transpose(1, 2).unflatten(2, spatial[2:])
         if attn.residual_connection:
             hidden_states = hidden_states + residual
-        return hidden_states / attn.rescale_output_factor
+        if attn.rescale_output_factor != 1:
+            hidden_states = hidden_states / attn.rescale_output_factor
+        return hidden_states
 
 
 @stands_in_for(Attention)
