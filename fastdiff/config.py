@@ -21,6 +21,7 @@ _PRESETS: dict[str, dict[str, object]] = {
         "fuse_qkv": False,
         "context_cache": False,
         "channels_last": False,
+        "pack_weights": False,
         "host_schedule": False,
         "cuda_graphs": False,
         "dtype": "stock",
@@ -40,6 +41,8 @@ class FastConfig:
         fuse_qkv: one self-attention projection in place of three, in shared storage.
         context_cache: cross-attention keys and values computed once per prompt, not once per step.
         channels_last: NHWC memory format for convolutions.
+        pack_weights: on CPUs, weights in oneDNN's own layout, in place of the plain ones; `"auto"` packs large models
+            that are not compiled and share their weights with no stock model.
         host_schedule: schedulers that keep their schedule on the CPU, so that no step waits for the device.
         cuda_graphs: replay the UNet step as a CUDA graph; `"auto"` does so where it was measured to win.
         dtype: dtype that weights are loaded in: `"auto"` takes bfloat16 where the device computes it natively,
@@ -60,6 +63,7 @@ class FastConfig:
     fuse_qkv: bool = True
     context_cache: bool = True
     channels_last: bool = True
+    pack_weights: str | bool = "auto"
     host_schedule: bool = True
     cuda_graphs: str | bool = "auto"
     dtype: str | torch.dtype = "auto"
@@ -72,8 +76,9 @@ class FastConfig:
         for name in ("fuse_qkv", "context_cache", "channels_last", "host_schedule"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"FastConfig.{name} must be True or False, not {getattr(self, name)!r}.")
-        if self.cuda_graphs != "auto" and not isinstance(self.cuda_graphs, bool):
-            raise ValueError(f'FastConfig.cuda_graphs must be "auto", True or False, not {self.cuda_graphs!r}.')
+        for name in ("pack_weights", "cuda_graphs"):
+            if getattr(self, name) != "auto" and not isinstance(getattr(self, name), bool):
+                raise ValueError(f'FastConfig.{name} must be "auto", True or False, not {getattr(self, name)!r}.')
         if self.dtype not in ("auto", "stock") and not isinstance(self.dtype, torch.dtype):
             raise ValueError(f'FastConfig.dtype must be "auto", "stock" or a torch.dtype, not {self.dtype!r}.')
         _check_guidance_interval(self.guidance_interval)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from itertools import chain
 from typing import TypeVar
 
@@ -14,7 +15,8 @@ M = TypeVar("M", bound=nn.Module)
 def share_weights(module: nn.Module, stock: type[nn.Module], fast: type[M]) -> M:
     """Copy the structure of `module` as class `fast`, with the very parameters and buffers of `module`.
 
-    The stock module keeps its own processors and hooks; a change to the fast one does not reach it.
+    The stock module keeps its own processors and hooks; a change to the fast one does not reach it. The fast one's
+    `shares_weights_with` refers to it, weakly, for as long as it lives.
 
     Args:
         module: an instance of `stock`, also wrapped by `torch.compile`.
@@ -22,12 +24,18 @@ def share_weights(module: nn.Module, stock: type[nn.Module], fast: type[M]) -> M
         fast: the subclass to make.
 
     Raises:
-        TypeError: if `module` is of another class.
+        TypeError: if `module` is of another class, or is `fast` already.
     """
     module = getattr(module, "_orig_mod", module)
+    if isinstance(module, fast):
+        raise TypeError(
+            f"A {fast.__qualname__} wrapped by torch.compile cannot be converted again. Compile it in place with its "
+            "method compile(), or let the pipeline do it: fast=FastConfig(compile='regional') or 'full'."
+        )
     if type(module) is not stock:
         raise TypeError(f"{fast.__qualname__}.from_stock takes a {stock.__name__}, not a {type(module).__name__}.")
     kept = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
     twin = copy.deepcopy(module, kept)
     twin.__class__ = fast
+    twin.shares_weights_with = weakref.ref(module)
     return twin

@@ -23,7 +23,7 @@ from .finite import CheckedImageProcessor, FiniteCheck, NonFiniteError
 from .guidance_interval import warmup_steps
 from .loading import FastLoadingMixin
 from .loop import DenoisingLoop
-from .plan import Plan, PlanStep, convert_component, format_plan
+from .plan import Plan, PlanStep, convert_component, format_plan, weights_state
 from .unet import FastUNet2DConditionModel
 
 
@@ -155,14 +155,17 @@ class FastPipelineMixin(FastLoadingMixin):
 
     def _apply_plan(self) -> list[PlanStep]:
         with self._calls.planning:
-            # A pipeline that was moved, cast, offloaded, or given another component gets its plan anew.
-            components = (self.unet, self.vae, self.scheduler, getattr(self, "controlnet", None))
-            state = (self.unet.device, self.unet.dtype, getattr(self.unet, "revision", None), self._execution_device)
-            key = (*state, hasattr(self.unet, "_diffusers_hook"), *map(id, components))
-            if self._plan_key != key:
+            if self._plan_key != self._current_key():
                 self._plan = self._new_plan().apply()
-                self._plan_key = key
+                self._plan_key = self._current_key()
             return self._plan
+
+    def _current_key(self) -> tuple:
+        """What the plan was made for. A pipeline that was moved, cast, offloaded, or given another component, or whose
+        weights somebody asked for, gets its plan anew."""
+        components = (self.unet, self.vae, self.scheduler, getattr(self, "controlnet", None))
+        state = (self.unet.device, self.unet.dtype, getattr(self.unet, "revision", None), self._execution_device)
+        return (*state, hasattr(self.unet, "_diffusers_hook"), *weights_state(self.unet), *map(id, components))
 
     def _new_plan(self) -> Plan:
         controlnets = fast_controlnets(getattr(self, "controlnet", None))

@@ -8,6 +8,7 @@ This is the only file that knows the order:
     fuse             before quantizing, so that the fused weight is what gets quantized
     context cache    reads the projections as they are in the end; holds no weights
     quantize         before compiling, so that the graph contains the quantized kernels
+    pack             after quantizing, which takes plain layers; not what is going to be compiled
     compile          last on the weights' side: what changes afterwards would recompile
     lossy options    hooks around the models and around whole blocks, which must wrap compiled code
     capture          around everything, over compiled code
@@ -25,7 +26,9 @@ from .config import FastConfig
 from .controlnet import convert_controlnet
 from .deep_cache import apply_deep_cache, remove_deep_cache
 from .guidance_interval import apply_guidance_interval
+from .memory_format import apply_channels_last
 from .offload import inner_offloading
+from .packing import apply_packing, choose_packing, count_packed
 from .quantization import apply_quantization, choose_quantization
 from .schedulers import fast_scheduler
 from .unet import FastUNet2DConditionModel
@@ -97,6 +100,7 @@ class Plan:
             *self._weights(),
             self._context_cache(),
             self._quantize(),
+            self._pack(),
             self._compile(),
             self._guidance_interval(),
             self._deep_cache(),
@@ -112,6 +116,8 @@ class Plan:
         if self.config.is_off:
             return
         remove_deep_cache(self.unet)
+        for model in self.denoisers:
+            apply_packing(model, False)
         if inner_offloading(self.unet) is None:
             self._channels_last()
             self._fuse() if fused else self._unfuse()
@@ -142,7 +148,7 @@ class Plan:
     def _channels_last(self) -> PlanStep:
         wanted = self.config.channels_last
         for model in (*self.denoisers, self.vae):
-            model.to(memory_format=torch.channels_last if wanted else torch.contiguous_format)
+            apply_channels_last(model, wanted)
         return PlanStep("channels_last", wanted, "convolutions" if wanted else _OFF.format("channels_last"))
 
     def _fuse(self) -> PlanStep:
@@ -191,6 +197,20 @@ class Plan:
         taken, left = sum(entry[1] for entry in done), sum(entry[2] for entry in done)
         return PlanStep(name, True, f"{scheme}: {taken} linear layers, {left} left; {reason}", lossless=False)
 
+    def _pack(self) -> PlanStep:
+        is_compiled = choose_compile(self.config.compile, self.unet, self.device).mode != "off"
+        # Not ours, but a call of `unet.compile()` by the user.
+        is_compiled |= any(model._compiled_call_impl is not None for model in self.denoisers)
+        is_shared = any(model.shares_weights_with() is not None for model in self.denoisers)
+        choice = choose_packing(
+            self.config.pack_weights, self.unet, self.device, is_compiled=is_compiled, is_shared=is_shared
+        )
+        if choice.enabled and (offloading := inner_offloading(self.unet)) is not None:
+            return PlanStep("pack_weights", False, f"{offloading} moves weights")
+        packed = sum(apply_packing(model, choice.enabled) for model in self.denoisers)
+        reason = f"{packed} layers: {choice.reason}" if choice.enabled else choice.reason
+        return PlanStep("pack_weights", choice.enabled, reason)
+
     def _compile(self) -> PlanStep:
         choice = choose_compile(self.config.compile, self.unet, self.device)
         offloading = inner_offloading(self.unet)
@@ -224,6 +244,12 @@ class Plan:
         if self.config.cuda_graphs is False:
             return PlanStep("cuda_graphs", False, _OFF.format("cuda_graphs"))
         return PlanStep("cuda_graphs", False, f"not available on {self.device.type} in this version")
+
+
+def weights_state(unet) -> tuple:
+    """What may change about a UNet's weights behind the plan, which is then applied anew."""
+    is_shared = getattr(unet, "shares_weights_with", lambda: None)() is not None
+    return count_packed(unet), is_shared, getattr(unet, "_compiled_call_impl", None) is not None
 
 
 def _is_fast(scheduler) -> bool:

@@ -207,3 +207,9 @@ def test_from_pipe_and_from_stock_take_the_right_things(stock):
         FastStableDiffusionXLPipeline.from_pipe(stock.unet)
     with pytest.raises(TypeError, match="UNet2DConditionModel, not a AutoencoderKL"):
         FastUNet2DConditionModel.from_stock(stock.vae)
+
+
+def test_a_compiled_fast_unet_is_refused_with_the_way_out():
+    pipe = load_fast("exact")
+    with pytest.raises(TypeError, match=r"compile\(\)"):
+        pipe.unet = torch.compile(pipe.unet)

@@ -154,5 +154,9 @@ def weight_bytes(pipe: StableDiffusionXLPipeline) -> int:
     for model in pipe.components.values():
         if isinstance(model, nn.Module):
             for parameter in model.parameters():
-                storages[parameter.untyped_storage().data_ptr()] = parameter.untyped_storage().nbytes()
+                if parameter.is_mkldnn:
+                    # Packed weights show no storage; each is a copy of its own.
+                    storages[id(parameter)] = parameter.numel() * parameter.element_size()
+                else:
+                    storages[parameter.untyped_storage().data_ptr()] = parameter.untyped_storage().nbytes()
     return sum(storages.values())

@@ -1,0 +1,301 @@
+"""Weights in the blocked layout that oneDNN computes in: plain ones are reordered in every call on a CPU."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+# PyTorch's operators over packed weights are what its compiler emits for CPUs; they have no public eager name yet.
+_linear = torch.ops.mkldnn._linear_pointwise
+_convolution = torch.ops.mkldnn._convolution_pointwise
+
+# Below this many parameters a model's layers are so small that the way through Python outweighs what is saved.
+_MIN_PARAMETERS = 100_000_000
+
+# Below this many weights reordering costs less than that way.
+_MIN_WEIGHTS = 16_384
+
+# Packed convolutions whose channels do not fill oneDNN's blocks can end in its reference kernel: 20 times slower.
+_BLOCK = 64
+
+
+_QKV = ("to_qkv", "to_q", "to_k", "to_v")
+
+
+@dataclass(frozen=True)
+class PackingChoice:
+    """Whether to pack, and why, or why not."""
+
+    enabled: bool
+    reason: str
+
+
+def choose_packing(
+    requested: str | bool, model: nn.Module, device: torch.device, *, is_compiled: bool, is_shared: bool
+) -> PackingChoice:
+    """Settle `FastConfig.pack_weights` for a UNet.
+
+    Args:
+        requested: `"auto"`, True or False.
+        model: the UNet.
+        device: where it runs.
+        is_compiled: whether the compiler lays out the weights.
+        is_shared: whether a stock model that is still in use has the same weights, which would then be held twice.
+    """
+    if requested is False:
+        return PackingChoice(False, "switched off by FastConfig.pack_weights")
+    if device.type != "cpu":
+        return PackingChoice(False, f"weights need no other layout on {device.type}")
+    if not torch.backends.mkldnn.is_available():
+        return PackingChoice(False, "this build of PyTorch has no oneDNN")
+    if model.dtype not in (torch.bfloat16, torch.float32):
+        return PackingChoice(False, f"oneDNN packs bfloat16 and float32, and weights are {model.dtype}")
+    if is_compiled:
+        return PackingChoice(False, "compiled regions take plain weights")
+    if requested is True:
+        return PackingChoice(True, "asked for by FastConfig.pack_weights")
+    parameters = sum(p.numel() for p in model.parameters())
+    if parameters < _MIN_PARAMETERS:
+        return PackingChoice(False, f"{parameters / 1e6:.0f} M parameters: too small to gain from it")
+    if is_shared:
+        return PackingChoice(False, "stock models share the weights, which would be held twice; ask with True")
+    if model.dtype == torch.bfloat16 and not torch.cpu.get_capabilities().get("amx_bf16", False):
+        return PackingChoice(False, "not measured on CPUs without AMX; ask with True")
+    return PackingChoice(True, "oneDNN's own layout, and GEGLU in the product's epilogue")
+
+
+def apply_packing(model: nn.Module, enabled: bool) -> int:
+    """Pack the eligible layers of a model in place, one at a time, or take packing off again.
+
+    Eligible are plain linear layers inside of transformers, but for the keys and values of the context, which are
+    projected once a prompt; and plain convolutions in channels_last, the format that packed ones return.
+
+    Returns:
+        The number of packed layers.
+    """
+    if not enabled:
+        for module in model.modules():
+            if isinstance(module, _Packed):
+                module.unpack()
+        return 0
+    for module in list(model.modules()):
+        if type(module) is GEGLU:
+            module.__class__ = PackedGEGLU
+        if isinstance(module, GEGLU) and _is_packable(module.proj):
+            PackedGate.pack(module.proj)
+    for module in list(model.modules()):
+        if isinstance(module, Transformer2DModel):
+            _pack_linears(module)
+        elif type(module) is nn.Conv2d and _is_packable(module):
+            PackedConv2d.pack(module)
+    return count_packed(model)
+
+
+def count_packed(model: nn.Module) -> int:
+    """The number of layers that are packed now."""
+    return sum(isinstance(module, _Packed) for module in model.modules())
+
+
+def _pack_linears(transformer: Transformer2DModel) -> None:
+    dormant = set()
+    for module in transformer.modules():
+        if isinstance(module, BaseTunerLayer):
+            # Adapters are small and get edited; what they wrap is not.
+            dormant.update(id(child) for child in module.modules() if child is not module.get_base_layer())
+        elif hasattr(module, "to_qkv") and hasattr(module, "to_q"):
+            # With a merged LoRA the parts stay beside the fused projection, over its storage.
+            dormant.update(id(child) for name in _QKV for child in getattr(module, name).modules())
+    for name, module in list(transformer.named_modules()):
+        of_context = ".attn2.to_k." in f"{name}." or ".attn2.to_v." in f"{name}."
+        if type(module) is nn.Linear and id(module) not in dormant and not of_context and _is_packable(module):
+            PackedLinear.pack(module)
+
+
+def _is_packable(layer: nn.Module) -> bool:
+    if type(layer) not in (nn.Linear, nn.Conv2d) or layer.weight.numel() < _MIN_WEIGHTS:
+        return False
+    if isinstance(layer, nn.Conv2d):
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str) or not _is_channels_last(layer):
+            return False
+        if layer.in_channels % _BLOCK or layer.out_channels % _BLOCK:
+            return False
+    return layer.weight.device.type == "cpu" and layer.weight.dtype in (torch.bfloat16, torch.float32)
+
+
+def _is_channels_last(convolution: nn.Conv2d) -> bool:
+    return convolution.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+class _Packed:
+    """A layer that holds its weight in oneDNN's layout, and turns back into what it was when the weight is asked for.
+
+    So whatever edits, merges, moves, casts or differentiates the weight works on a plain layer, as in stock, and the
+    plan packs it anew when it is next applied. State-dict keys and values are the stock ones; saving makes plain
+    copies for as long as it takes.
+    """
+
+    _plain: type[nn.Module]
+    _packed_names = ("packed_weight",)
+
+    @classmethod
+    @torch.no_grad()
+    def pack(cls, layer: nn.Module) -> None:
+        """Pack a plain layer in place."""
+        weight, others = layer.weight, {name: p for name, p in layer._parameters.items() if name != "weight"}
+        packed = [nn.Parameter(p, requires_grad=weight.requires_grad) for p in cls._pack_weight(layer, weight.detach())]
+        layer._parameters = {**dict(zip(cls._packed_names, packed, strict=True)), **others}
+        layer.__class__ = cls
+
+    @torch.no_grad()
+    def unpack(self) -> None:
+        """Turn into a plain layer."""
+        others = {name: p for name, p in self._parameters.items() if name not in self._packed_names}
+        weight = nn.Parameter(self._plain_weight(), requires_grad=self._packed()[0].requires_grad)
+        self._parameters = {"weight": weight, **others}
+        self.__class__ = self._plain
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The plain weight. Asking for it ends packing: it may be about to be edited."""
+        self.unpack()
+        return self.weight
+
+    def _packed(self) -> list[nn.Parameter]:
+        return [self._parameters[name] for name in self._packed_names]
+
+    def _plain_weight(self) -> torch.Tensor:
+        return torch.cat([p.detach().to_dense() for p in self._packed()])
+
+    def _can_compute(self, x: torch.Tensor) -> bool:
+        """False for inputs that packed kernels do not take: another dtype (autocast), or gradients wanted."""
+        weight = self._parameters[self._packed_names[0]]
+        if x.dtype is not weight.dtype or x.device.type != "cpu":
+            return False
+        return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+
+    def _as_plain(self, *args) -> torch.Tensor:
+        self.unpack()
+        return type(self).forward(self, *args)
+
+    def __setattr__(self, name: str, value) -> None:
+        if name == "weight":
+            self.unpack()
+            setattr(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _apply(self, fn, recurse: bool = True):
+        # A move or cast that changes nothing, as every plan makes one, leaves the layer packed.
+        before = self._packed()[0]
+        after = fn(torch.empty(0, dtype=before.dtype, device=before.device))
+        if (after.dtype, after.device) != (before.dtype, before.device):
+            self.unpack()
+            return self._apply(fn, recurse)
+        parameters = self._parameters
+        self._parameters = {name: p for name, p in parameters.items() if name not in self._packed_names}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._parameters = {name: self._parameters.get(name, p) for name, p in parameters.items()}
+        return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = self._plain_weight()
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(self, *args) -> None:
+        packing = type(self)
+        self.unpack()
+        self._load_from_state_dict(*args)
+        if _is_packable(self):
+            packing.pack(self)
+
+    def __deepcopy__(self, memo: dict):
+        # Packed weights are never written to, so a copy may share them; torch cannot copy them.
+        memo.update((id(p), p) for p in self._packed())
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+
+class PackedLinear(_Packed, nn.Linear):
+    """`nn.Linear` over a packed weight."""
+
+    _plain = nn.Linear
+
+    @staticmethod
+    def _pack_weight(layer: nn.Linear, weight: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())]
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """As `nn.Linear`."""
+        if not self._can_compute(input) or input.ndim < 2:
+            return self._as_plain(input)
+        return _linear(input, self.packed_weight, self.bias, "none", [], "")
+
+
+class PackedConv2d(_Packed, nn.Conv2d):
+    """`nn.Conv2d` over a packed weight; returns channels_last."""
+
+    _plain = nn.Conv2d
+
+    @staticmethod
+    def _pack_weight(layer: nn.Conv2d, weight: torch.Tensor) -> list[torch.Tensor]:
+        # The size of the picture does not change the layout.
+        return [
+            torch.ops.mkldnn._reorder_convolution_weight(
+                weight, layer.padding, layer.stride, layer.dilation, layer.groups, [2, layer.in_channels, 64, 64]
+            )
+        ]
+
+    def _plain_weight(self) -> torch.Tensor:
+        return super()._plain_weight().contiguous(memory_format=torch.channels_last)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """As `nn.Conv2d`."""
+        if not self._can_compute(input) or input.ndim != 4:
+            return self._as_plain(input)
+        return _convolution(
+            input, self.packed_weight, self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], ""
+        )
+
+
+class PackedGate(PackedLinear):
+    """The projection of a GEGLU: value and gate packed apart, as GELU and the product belong to one of them each."""
+
+    _packed_names = ("packed_value", "packed_gate")
+
+    @staticmethod
+    def _pack_weight(layer: nn.Linear, weight: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.ops.mkldnn._reorder_linear_weight(half.contiguous()) for half in weight.chunk(2)]
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """As `nn.Linear`: somebody wants both halves at once."""
+        return self._as_plain(input)
+
+    def gated(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """value * gelu(gate), each one product with its epilogue; None where that is not possible."""
+        is_hooked = self._forward_hooks or self._forward_pre_hooks or "forward" in self.__dict__
+        if is_hooked or not self._can_compute(hidden_states) or hidden_states.ndim < 2:
+            return None
+        value_bias, gate_bias = (None, None) if self.bias is None else self.bias.chunk(2)
+        gate = _linear(hidden_states, self.packed_gate, gate_bias, "gelu", [], "none")
+        return _linear.binary(hidden_states, gate, self.packed_value, value_bias, "mul")
+
+
+class PackedGEGLU(GEGLU):
+    """diffusers' `GEGLU`, whose GELU and product cost no pass over memory while its projection is packed."""
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """As upstream. `hidden_states`: (..., channels)."""
+        if isinstance(self.proj, PackedGate) and (gated := self.proj.gated(hidden_states)) is not None:
+            return gated
+        return super().forward(hidden_states, *args, **kwargs)
