@@ -1,8 +1,8 @@
 """Writes the README's numbers from the committed results: `python benchmarks/readme.py`.
 
 The newest file of each theme counts: `attention_*.json` (pytest-benchmark, the UNet step), `ladder_*.json` (`fastdiff
-bench` and `benchmarks/gpu.py`, one for each kind of hardware and batch), `shapes_*.json` (`python -m
-fastdiff.shapes.evaluate`). What is not there is left out.
+bench` and `benchmarks/gpu.py`, one for each kind of hardware and batch), `lossy_*.json` (pytest-benchmark, loops with
+lossy options), `shapes_*.json` (`python -m fastdiff.shapes.evaluate`). What is not there is left out.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def render(results: Path = RESULTS) -> str:
     """The README's section of measured numbers, in Markdown."""
     sections = [_ladder(path) for path in _newest(results.glob("ladder_*.json"))]
     sections += [_attention(path) for path in _newest(results.glob("attention_*.json"))]
+    sections += [_lossy(path, results) for path in _newest(results.glob("lossy_*.json"))]
     sections += [_adherence(path) for path in _newest(results.glob("shapes_*.json"))]
     return "\n\n".join(["## Measured", *sections]) if sections else ""
 
@@ -91,11 +92,10 @@ def _ladder(path: Path) -> str:
 
 def _attention(path: Path) -> str:
     data = json.loads(path.read_text(encoding="utf-8"))
-    machine = data["machine_info"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [
-        "One step of the full-size UNet (2.57 B parameters, random weights), bfloat16, classifier-free guidance, with "
-        "no compiler: fused projections, channels_last and the context cache against stock, timed in turn in one run.",
+        "One step of the full-size UNet (2.57 B parameters, random weights), bfloat16, classifier-free guidance, "
+        "with no compiler: fused projections, context cache, channels_last and packed weights against stock, timed in "
+        "turn in one run.",
         "",
         "| size | stock | fast | stock / fast, median (least to greatest) |",
         "|---|---|---|---|",
@@ -105,13 +105,41 @@ def _attention(path: Path) -> str:
         size, info = step["params"]["size"], step["extra_info"]
         ratios = f"{info['ratio_median']:.2f} ({info['ratio_min']:.2f} to {info['ratio_max']:.2f})"
         lines.append(f"| {size}x{size} | {info['peer_median_s']:.2f} s | {step['stats']['median']:.2f} s | {ratios} |")
-    lines += [
+    lines += ["", _source(path, data, "test_bench_unet.py --model sdxl-random --size 256 --size 512")]
+    return "\n".join(lines)
+
+
+def _lossy(path: Path, results: Path) -> str:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    drawn = {}
+    for shapes in _newest(results.glob("shapes_*.json")):
+        drawn = {row["variant"]: row for row in json.loads(shapes.read_text(encoding="utf-8"))["rows"]}
+    lines = [
+        f"**What the opt-in lossy options buy, and cost**: {data['benchmarks'][0]['group']}, full-size UNet, beside "
+        "the same fast pipeline without the option, timed in turn in one run; captions satisfied by the embedded "
+        "model.",
         "",
+        "| option | without / with, median (least to greatest) | captions satisfied | without the option |",
+        "|---|---|---|---|",
+    ]
+    for run in data["benchmarks"]:
+        info = run["extra_info"]
+        ratios = f"{info['ratio_median']:.2f} ({info['ratio_min']:.2f} to {info['ratio_max']:.2f})"
+        shares = [drawn.get(name, {}).get("satisfied") for name in (f"exact:{info['options']}", "exact")]
+        cells = [f"`{info['options']}`", ratios, *("" if share is None else f"{share:.1%}" for share in shares)]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", _source(path, data, "test_bench_lossy.py")]
+    return "\n".join(lines)
+
+
+def _source(path: Path, data: dict, command: str) -> str:
+    machine = data["machine_info"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return (
         f"{machine['cpu']['brand_raw']}, {machine['cpus']} cores, AMX {'yes' if machine['amx_bf16'] else 'no'}; "
         f"{versions}. From [{path.name}](benchmarks/results/{path.name}); repeat it with `pip install '.[bench]' && "
-        "pytest benchmarks/test_bench_unet.py --model sdxl-random --size 256 --size 512`.",
-    ]
-    return "\n".join(lines)
+        f"pytest benchmarks/{command}`."
+    )
 
 
 if __name__ == "__main__":

@@ -69,9 +69,14 @@ def loop(pipe: FastStableDiffusionXLPipeline):
     return run
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def written(options: dict) -> str:
+    """Options as the evaluation of the embedded checkpoint writes them."""
+    return ",".join(f"{name}={value}" for name, value in options.items()).replace(", ", ",")
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=written)
 def test_loop(benchmark, without, options):
     benchmark.group = f"{STEPS} steps {SIZE}x{SIZE}, bfloat16, eager"
-    benchmark.extra_info["options"] = str(options)
+    benchmark.extra_info["options"] = written(options)
     lossy = FastStableDiffusionXLPipeline.from_pipe(without, fast=FastConfig.preset("exact", compile="off", **options))
     run_interleaved(benchmark, loop(lossy), loop(without), ROUNDS)

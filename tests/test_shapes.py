@@ -222,7 +222,7 @@ def test_other_sizes_run(stock, height, width):
 
 
 def _arguments(work_dir, **changes):
-    defaults = dict.fromkeys(("vae_steps", "decoder_steps", "text_steps", "steps"), 2)
+    defaults = dict.fromkeys(("vae_steps", "text_steps", "steps"), 2)
     defaults |= {"pool": 8, "seed": 0, "minutes": None, "device": "cpu"}
     return argparse.Namespace(work_dir=work_dir, output=work_dir / "out", **{**defaults, **changes})
 

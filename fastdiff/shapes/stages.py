@@ -23,8 +23,6 @@ CAPTION_DROPOUT = 0.1
 """Share of captions replaced by zeros, which is what SDXL gives an absent negative prompt."""
 MIN_SNR_GAMMA = 5.0
 KL_WEIGHT = 3e-4
-DECODER_NOISE = 0.15
-"""Largest error of the latents that the decoder learns to bear, as a share of their size."""
 
 
 class AutoencoderStage:
@@ -53,29 +51,6 @@ class AutoencoderStage:
         kl = posterior.kl().float().mean() / posterior.mean[0].numel()
         error = self.vae.decode(posterior.sample()).sample.float() - pictures
         return _picture_error(error) + KL_WEIGHT * kl
-
-
-class DecoderStage(AutoencoderStage):
-    """Sharpen the decoder alone, on latents a little off, as the denoiser will leave them.
-
-    The encoder stays, and with it the latents: this stage may run before, after or beside the denoiser's.
-    """
-
-    name, learning_rate = "decoder", 1e-3
-
-    def modules(self) -> list[nn.Module]:
-        return [self.vae.post_quant_conv, self.vae.decoder]
-
-    def loss(self, step: int) -> Tensor:
-        rng = random.Random(f"{self.name}-{self.seed}-{step}")
-        torch.manual_seed(rng.getrandbits(48))
-        drawings = [render(sample_scene(rng), rng) for _ in range(self.batch // 2)]
-        pictures = torch.stack([_as_tensor(drawing) for drawing in drawings]).to(self.device)
-        with torch.no_grad():
-            latents = self.vae.encode(pictures).latent_dist.mean
-            spread = rng.uniform(0, DECODER_NOISE) * latents.square().mean().sqrt()
-            latents = latents + spread * torch.randn_like(latents)
-        return _picture_error(self.vae.decode(latents).sample.float() - pictures)
 
 
 class TextStage:

@@ -2,7 +2,7 @@
 
     python -m fastdiff.shapes.train --work-dir WORK --output fastdiff/shapes/checkpoint
 
-Four stages, each counted in steps: autoencoder, its decoder, text encoders, denoiser (with the text encoders). The run
+Three stages, each counted in steps: autoencoder, text encoders, denoiser (with the text encoders). The run
 saves its state as it goes; the same command continues after an interruption, and a finished run only exports.
 """
 
@@ -18,13 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .architecture import build_pipeline, save_checkpoint
-from .stages import AutoencoderStage, DecoderStage, DenoiserStage, Pool, TextStage, build_pool
+from .stages import AutoencoderStage, DenoiserStage, Pool, TextStage, build_pool
 
 EMA_DECAY = 0.999
 WARMUP_STEPS = 50
 SAVE_EVERY = 100
 
-Stage = AutoencoderStage | DecoderStage | TextStage | DenoiserStage
+Stage = AutoencoderStage | TextStage | DenoiserStage
 
 
 class OutOfTime(Exception):
@@ -102,7 +102,6 @@ def train(arguments: argparse.Namespace) -> bool:
         run_stage(AutoencoderStage(pipeline, arguments.vae_steps, seed, device), work_dir, deadline, device)
         pool = load_or_build_pool(work_dir / "pool.pt", pipeline, arguments.pool, seed, device)
         pipeline.vae.register_to_config(scaling_factor=pool.scaling_factor)
-        run_stage(DecoderStage(pipeline, arguments.decoder_steps, seed, device), work_dir, deadline, device)
         run_stage(TextStage(pipeline, arguments.text_steps, seed, device), work_dir, deadline, device)
         run_stage(DenoiserStage(pipeline, pool, arguments.steps, seed, device), work_dir, deadline, device)
     except OutOfTime as stopped:
@@ -136,9 +135,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="where the checkpoint goes")
     parser.add_argument("--minutes", type=float, help="time budget; run again to continue (default: none)")
     parser.add_argument("--vae-steps", type=int, default=4800)
-    parser.add_argument("--decoder-steps", type=int, default=1000, help="more steps of the autoencoder's decoder")
     parser.add_argument("--text-steps", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=4000, help="steps of the denoiser")
+    parser.add_argument("--steps", type=int, default=5000, help="steps of the denoiser")
     parser.add_argument("--pool", type=int, default=10000, help="how many drawings the denoiser sees")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
