@@ -27,7 +27,7 @@ def share_weights(module: nn.Module, stock: type[nn.Module], fast: type[M]) -> M
         TypeError: if `module` is of another class, or is `fast` already.
     """
     module = getattr(module, "_orig_mod", module)
-    if isinstance(module, fast):
+    if type(module) is not stock and isinstance(module, fast):
         raise TypeError(
             f"A {fast.__qualname__} wrapped by torch.compile cannot be converted again. Compile it in place with its "
             "method compile(), or let the pipeline do it: fast=FastConfig(compile='regional') or 'full'."
