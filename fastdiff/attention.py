@@ -159,6 +159,11 @@ class FastAttention(Attention):
         if not self.is_fused:
             return
         if not hasattr(self, "to_q"):
+            if type(self.to_qkv.weight.data) is not torch.Tensor:
+                raise ValueError(
+                    "These projections are fused and quantized, and cannot be taken apart: unfuse them, or load what "
+                    "needs them separate, before the first call, or use quantization='none'."
+                )
             weights = self.to_qkv.weight.chunk(3)
             biases = self.to_qkv.bias.chunk(3) if self.to_qkv.bias is not None else (None,) * 3
             for name, weight, bias in zip(_PARTS, weights, biases, strict=True):

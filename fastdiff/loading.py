@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from functools import partial
+from pathlib import Path
 
+import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from . import checkpoints
 from .config import FastConfig
 from .offload import inner_offloading
+from .plan import convert_component
+from .quantization import load_quantized, quantized_scheme_of
 
 
 class FastLoadingMixin:
@@ -25,11 +30,13 @@ class FastLoadingMixin:
                 loaded unless `use_safetensors=False` is given.
 
         Raises:
-            ValueError: the path is no checkpoint, not SDXL, holds no safetensors, or the preset is unknown.
+            ValueError: the path is no checkpoint, not SDXL, holds no safetensors, or the preset is unknown; or it is
+                quantized with another scheme than `fast` asks for.
         """
         config = FastConfig.resolve(fast)
         checkpoints.check_checkpoint(cls, pretrained_model_name_or_path, kwargs)
         _choose_dtype(config, kwargs)
+        _load_quantized(pretrained_model_name_or_path, config, kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, fast=config, **kwargs)
 
     @classmethod
@@ -105,3 +112,13 @@ class FastLoadingMixin:
 def _choose_dtype(config: FastConfig, kwargs: dict) -> None:
     if "torch_dtype" not in kwargs and "dtype" not in kwargs:
         kwargs["dtype"] = checkpoints.loading_dtype(config)
+
+
+def _load_quantized(path: str | os.PathLike, config: FastConfig, kwargs: dict) -> None:
+    """Put the models of a checkpoint that are saved quantized among the components; stock cannot read them."""
+    for name in ("unet", "controlnet"):
+        folder = Path(path) / name
+        if name not in kwargs and quantized_scheme_of(folder) is not None:
+            model = load_quantized(folder, config.quantization, partial(convert_component, name, config=config))
+            dtype = kwargs.get("torch_dtype", kwargs.get("dtype"))
+            kwargs[name] = model.to(dtype) if isinstance(dtype, torch.dtype) else model

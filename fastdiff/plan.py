@@ -29,7 +29,7 @@ from .guidance_interval import apply_guidance_interval
 from .memory_format import apply_channels_last
 from .offload import inner_offloading
 from .packing import apply_packing, choose_packing, count_packed
-from .quantization import apply_quantization, choose_quantization
+from .quantization import apply_quantization, check_scheme, choose_quantization
 from .schedulers import fast_scheduler
 from .unet import FastUNet2DConditionModel
 from .vae import FastAutoencoderKL
@@ -60,7 +60,12 @@ def convert_component(name: str, component, config: FastConfig):
 
     Args:
         name: the component's name in the pipeline (`"unet"`, `"vae"`, `"scheduler"`, ...).
+
+    Raises:
+        ValueError: a UNet that is already quantized with another scheme than `config` asks for.
     """
+    if name == "unet" and component is not None:
+        check_scheme(component, config.quantization)
     if config.is_off or component is None:
         return component
     if name == "unet":
@@ -181,35 +186,47 @@ class Plan:
         return PlanStep("context_cache", True, f"keys and values of {layers} layers once per prompt")
 
     def _quantize(self) -> PlanStep:
-        name = "quantize"
-        choice = choose_quantization(self.config.quantization, self.device, self.unet.dtype)
-        offloading = inner_offloading(self.unet)
+        name, offloading = "quantize", inner_offloading(self.unet)
+        done = [model.quantized for model in self.denoisers if getattr(model, "quantized", None)]
         for model in self.denoisers:
-            if choice.scheme is None or offloading is not None or getattr(model, "quantized_scheme", None) is not None:
-                continue
-            taken, left = apply_quantization(model, choice.scheme)
-            model.quantized_scheme = (choice.scheme, taken, left, choice.reason)
-        done = [model.quantized_scheme for model in self.denoisers if getattr(model, "quantized_scheme", None)]
-        if not done:
-            reason = choice.reason if choice.scheme is None or offloading is None else f"not with {offloading}"
-            return PlanStep(name, False, reason, lossless=False)
-        scheme, _, _, reason = done[0]
-        taken, left = sum(entry[1] for entry in done), sum(entry[2] for entry in done)
-        return PlanStep(name, True, f"{scheme}: {taken} linear layers, {left} left; {reason}", lossless=False)
+            check_scheme(model, self.config.quantization)
+        # What is quantized stays so, and has to be possible where it is now.
+        choice = choose_quantization(
+            done[0].scheme if done else self.config.quantization,
+            self.device,
+            self.unet.dtype,
+            is_compiled=self._is_compiled(),
+            has_adapters=any(getattr(model, "peft_config", None) for model in self.denoisers),
+        )
+        if choice.scheme is None:
+            return PlanStep(name, False, choice.reason, lossless=False)
+        if offloading is not None and not done:
+            return PlanStep(name, False, f"not with {offloading}", lossless=False)
+        records = []
+        for model in self.denoisers:
+            if getattr(model, "quantized", None) is None:
+                # Packed by an earlier plan, under which an adapter was loaded, say.
+                apply_packing(model, False)
+                records.append(apply_quantization(model, choice.scheme, choice.reason))
+            else:
+                records.append(model.quantized)
+        return PlanStep(name, any(r.taken for r in records), "; ".join(r.describe() for r in records), lossless=False)
 
     def _pack(self) -> PlanStep:
-        is_compiled = choose_compile(self.config.compile, self.unet, self.device).mode != "off"
-        # Not ours, but a call of `unet.compile()` by the user.
-        is_compiled |= any(model._compiled_call_impl is not None for model in self.denoisers)
         is_shared = any(model.shares_weights_with() is not None for model in self.denoisers)
         choice = choose_packing(
-            self.config.pack_weights, self.unet, self.device, is_compiled=is_compiled, is_shared=is_shared
+            self.config.pack_weights, self.unet, self.device, is_compiled=self._is_compiled(), is_shared=is_shared
         )
         if choice.enabled and (offloading := inner_offloading(self.unet)) is not None:
             return PlanStep("pack_weights", False, f"{offloading} moves weights")
         packed = sum(apply_packing(model, choice.enabled) for model in self.denoisers)
         reason = f"{packed} layers: {choice.reason}" if choice.enabled else choice.reason
         return PlanStep("pack_weights", choice.enabled, reason)
+
+    def _is_compiled(self) -> bool:
+        # Or not by us, but by the user's call of `unet.compile()`.
+        planned = choose_compile(self.config.compile, self.unet, self.device).mode != "off"
+        return planned or any(model._compiled_call_impl is not None for model in self.denoisers)
 
     def _compile(self) -> PlanStep:
         choice = choose_compile(self.config.compile, self.unet, self.device)

@@ -1,0 +1,142 @@
+"""Which scheme on which device, and which requests are refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class QuantizationChoice:
+    """A scheme to apply, or None, and why."""
+
+    scheme: str | None
+    reason: str
+
+
+def choose_quantization(
+    requested: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    is_compiled: bool = False,
+    has_adapters: bool = False,
+) -> QuantizationChoice:
+    """Settle `FastConfig.quantization` for a device.
+
+    Args:
+        requested: a scheme, `"auto"` or `"none"`.
+        device: where the UNet is.
+        dtype: dtype of its weights.
+        is_compiled: whether its regions get compiled.
+        has_adapters: whether adapters are loaded, fused or not.
+
+    Raises:
+        ValueError: a scheme, asked for by name, that the device, the dtype or what is loaded does not allow.
+    """
+    if requested == "none":
+        return QuantizationChoice(None, "switched off by FastConfig.quantization")
+    if requested == "auto":
+        return _choose(device, dtype, is_compiled, has_adapters)
+    capability = _capability(device)
+    if requested.startswith("fp8") and (capability is None or capability < (8, 9)):
+        raise ValueError(
+            f"quantization={requested!r} needs a CUDA device of capability 8.9 or higher; this is "
+            f"{device.type if capability is None else _dotted(capability)}. Use 'int8-weight-only', 'auto' or 'none'."
+        )
+    if requested == "int8-dynamic" and capability is not None and capability < (8, 0):
+        raise ValueError(
+            f"quantization='int8-dynamic' needs capability 8.0 or higher, this device has {_dotted(capability)}. "
+            "Use 'int8-weight-only', 'auto' or 'none'."
+        )
+    if dtype == torch.float16:
+        raise ValueError(
+            f"quantization={requested!r} needs bfloat16 or float32 weights; load with torch_dtype=torch.bfloat16."
+        )
+    if requested == "int8-dynamic" and device.type == "cpu":
+        check_int8_units()
+        if is_compiled:
+            raise ValueError(
+                "quantization='int8-dynamic' on CPU computes in oneDNN, whose packed weights the compiler does not "
+                "take; use compile='auto' or 'off' with it, or quantization='none'."
+            )
+    if has_adapters:
+        raise ValueError(
+            f"quantization={requested!r}: an adapter is loaded, and quantized layers cannot take it in or out. Call "
+            "pipe.fuse_lora() and pipe.unload_lora_weights() first, or use quantization='none'."
+        )
+    return QuantizationChoice(requested, "asked for by FastConfig.quantization")
+
+
+def check_int8_units() -> None:
+    """Refuse `int8-dynamic` on a CPU that cannot compute it.
+
+    Raises:
+        ValueError: the CPU has neither AMX nor VNNI, or PyTorch no oneDNN.
+    """
+    if _int8_units() is None:
+        raise ValueError(
+            "quantization='int8-dynamic' needs a CPU with AMX or VNNI, and oneDNN; here one of them is missing. Use "
+            "'int8-weight-only', 'auto' or 'none'."
+        )
+
+
+def check_scheme(model: nn.Module, requested: str) -> None:
+    """Refuse another scheme than the one a model is quantized with: its plain weights are gone.
+
+    Args:
+        model: a UNet or ControlNet, quantized or not.
+        requested: `FastConfig.quantization`; `"auto"` goes with every scheme.
+
+    Raises:
+        ValueError: naming both schemes.
+    """
+    quantized = getattr(model, "quantized", None)
+    if quantized is not None and requested not in ("auto", quantized.scheme):
+        raise ValueError(
+            f"quantization={requested!r}, but this {type(model).__name__} is already quantized with "
+            f"{quantized.scheme!r} and its plain weights are gone. Load the checkpoint anew, or use "
+            f"quantization='auto' or {quantized.scheme!r}."
+        )
+
+
+def _choose(device: torch.device, dtype: torch.dtype, is_compiled: bool, has_adapters: bool) -> QuantizationChoice:
+    capability = _capability(device)
+    if capability is None and device.type != "cpu":
+        return QuantizationChoice(None, f"no scheme was measured to be faster than bfloat16 on {device.type}")
+    if dtype != torch.bfloat16:
+        return QuantizationChoice(None, f"weights are {dtype}; quantization needs bfloat16")
+    if has_adapters:
+        why = "an adapter is loaded; after fuse_lora() and unload_lora_weights() layers are quantized"
+        return QuantizationChoice(None, why)
+    if capability is None:
+        if _int8_units() != "AMX":
+            return QuantizationChoice(None, "no scheme was measured to be faster than bfloat16 on a cpu without AMX")
+        if is_compiled:
+            return QuantizationChoice(None, "the compiler does not take oneDNN's packed int8 weights on cpu")
+        return QuantizationChoice("int8-dynamic", "int8 tiles of AMX: 1.3 to 1.9 times packed bfloat16 on these layers")
+    if capability >= (8, 9):
+        return QuantizationChoice("fp8-dynamic", f"float8 matrix units (capability {_dotted(capability)})")
+    if capability >= (8, 0):
+        return QuantizationChoice("int8-dynamic", f"int8 matrix units (capability {_dotted(capability)})")
+    return QuantizationChoice(None, f"capability {_dotted(capability)} has no int8 or float8 matrix units")
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def _int8_units() -> str | None:
+    """The CPU's units for int8 products: "AMX", "VNNI" or None. Older instructions overflow in 16 bits."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    capabilities = torch.cpu.get_capabilities()
+    if capabilities.get("amx_int8"):
+        return "AMX"
+    return "VNNI" if capabilities.get("avx512_vnni") or capabilities.get("avx_vnni") else None
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
