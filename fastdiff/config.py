@@ -44,7 +44,8 @@ class FastConfig:
         pack_weights: on CPUs, weights in oneDNN's own layout, in place of the plain ones; `"auto"` packs large models
             that are not compiled and share their weights with no stock model.
         host_schedule: schedulers that keep their schedule on the CPU, so that no step waits for the device.
-        cuda_graphs: replay the UNet step as a CUDA graph; `"auto"` does so where it was measured to win.
+        cuda_graphs: replay the UNet step, ControlNets and the VAE decoder as CUDA graphs. On CUDA only, where
+            `"auto"` means True; elsewhere, with offloading and with deep_cache, the plan says why not.
         dtype: dtype that weights are loaded in: `"auto"` takes bfloat16 where the device computes it natively,
             `"stock"` what the stock class would take, or a torch dtype. An explicit `torch_dtype` of
             `from_pretrained` always wins.

@@ -19,11 +19,13 @@ from tqdm.auto import tqdm
 from . import checkpoints
 from .config import FastConfig
 from .controlnet import FastControlNetModel, fast_controlnets
-from .finite import CheckedImageProcessor, FiniteCheck, NonFiniteError
+from .finite import FiniteCheck, NonFiniteError
+from .graphs import graph_pools, graphed_methods
 from .guidance_interval import warmup_steps
 from .loading import FastLoadingMixin
 from .loop import DenoisingLoop
 from .plan import Plan, PlanStep, convert_component, format_plan, weights_state
+from .postprocess import FastImageProcessor
 from .unet import FastUNet2DConditionModel
 
 
@@ -88,7 +90,7 @@ class FastPipelineMixin(FastLoadingMixin):
         self._plan_key: tuple | None = None
         self._unread: FiniteCheck | None = None
         if not config.is_off and type(self.image_processor) is VaeImageProcessor:
-            self.image_processor = CheckedImageProcessor.from_config(self.image_processor.config)
+            self.image_processor = FastImageProcessor.from_config(self.image_processor.config)
 
     def __setattr__(self, name: str, value) -> None:
         # `pipe.scheduler = LCMScheduler.from_config(...)` and the like get their fast twins as in the constructor.
@@ -108,7 +110,10 @@ class FastPipelineMixin(FastLoadingMixin):
         steps = self._apply_plan()
         header = f"fastdiff on {self._execution_device} ({str(self.unet.dtype).removeprefix('torch.')})"
         held = sum(model.context_cache.nbytes for model in self._denoisers())
-        return format_plan(steps, header) + f"\n  caches hold {held / 2**20:.1f} MiB (pipe.free_caches() frees them)"
+        kept = f"caches hold {held / 2**20:.1f} MiB"
+        for pool in graph_pools((*self._denoisers(), self.vae)):
+            kept += f", {len(pool)} CUDA graphs {pool.nbytes / 2**20:.1f} MiB"
+        return format_plan(steps, header) + f"\n  {kept} (pipe.free_caches() frees them)"
 
     def warmup(
         self, sizes: Iterable[tuple[int, int]] = ((1024, 1024),), batch_sizes: Iterable[int] = (1,), **kwargs
@@ -144,9 +149,19 @@ class FastPipelineMixin(FastLoadingMixin):
         return {"prompt": ["warm-up"] * batch, "num_inference_steps": steps, "output_type": "pt", **call}
 
     def free_caches(self) -> None:
-        """Free cached keys, values and time embeddings. They are made again when needed."""
+        """Free cached keys, values, time embeddings and CUDA graphs. They are made again when needed."""
+        self._free_graphs()
         for model in self._denoisers():
             model.free_caches()
+
+    def to(self, *args, **kwargs):
+        """As upstream. CUDA graphs, which refer to weights by their address, are freed."""
+        self._free_graphs()
+        return super().to(*args, **kwargs)
+
+    def _free_graphs(self) -> None:
+        for method in graphed_methods((*self._denoisers(), self.vae)):
+            method.clear()
 
     def _denoisers(self) -> list[FastUNet2DConditionModel | FastControlNetModel]:
         """The fast models that run in each step; none with preset "off"."""

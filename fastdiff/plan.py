@@ -23,13 +23,16 @@ import torch
 from .attention import FastAttention, apply_fusion
 from .compilation import apply_compilation, choose_compile, undo_compilation
 from .config import FastConfig
+from .context import ContextKV
 from .controlnet import convert_controlnet
 from .deep_cache import apply_deep_cache, remove_deep_cache
+from .graphs import GraphPool, apply_graphs, remove_graphs, why_no_graphs
 from .guidance_interval import apply_guidance_interval
 from .memory_format import apply_channels_last
 from .offload import inner_offloading
 from .packing import apply_packing, choose_packing, count_packed
 from .quantization import apply_quantization, check_scheme, choose_quantization
+from .recording import CudaRecorder
 from .schedulers import fast_scheduler
 from .unet import FastUNet2DConditionModel
 from .vae import FastAutoencoderKL
@@ -96,6 +99,7 @@ class Plan:
         """Apply every step that is not yet in place, in order; returns all steps."""
         if self.config.is_off:
             return [PlanStep("convert", False, 'preset "off": the stock classes stay in place')]
+        remove_graphs((*self.denoisers, self.vae))
         # Its hooks wrap what compiling replaces. Another pipeline over the same UNet may want them back.
         self.had_deep_cache = remove_deep_cache(self.unet)
         names = "UNet, ControlNet and VAE" if self.controlnets else "UNet and VAE"
@@ -120,6 +124,7 @@ class Plan:
         """
         if self.config.is_off:
             return
+        remove_graphs((*self.denoisers, self.vae))
         remove_deep_cache(self.unet)
         for model in self.denoisers:
             apply_packing(model, False)
@@ -258,9 +263,19 @@ class Plan:
         return PlanStep(name, True, f"{blocks} inner blocks of the UNet in every {interval}. step", lossless=False)
 
     def _capture(self) -> PlanStep:
-        if self.config.cuda_graphs is False:
-            return PlanStep("cuda_graphs", False, _OFF.format("cuda_graphs"))
-        return PlanStep("cuda_graphs", False, f"not available on {self.device.type} in this version")
+        name, models = "cuda_graphs", [*self.denoisers, self.vae]
+        offloading = inner_offloading(self.unet) or ("model offload" if hasattr(self.unet, "_hf_hook") else None)
+        reason = why_no_graphs(self.config.cuda_graphs, self.device)
+        if reason is None and offloading is not None:
+            reason = f"{offloading} moves the weights that graphs refer to"
+        if reason is None and self.config.deep_cache_interval is not None:
+            reason = "with deep_cache steps differ"
+        if reason is not None:
+            return PlanStep(name, False, reason)
+        if self.vae.dtype == torch.float16 and getattr(self.vae.config, "force_upcast", False):
+            models.remove(self.vae)  # cast to float32 and back in each call: its weights have no lasting address
+        count = apply_graphs(models, GraphPool(CudaRecorder(self.unet.device)), ContextKV)
+        return PlanStep(name, True, f"{count} regions, one graph for each shape, recorded at its first call")
 
 
 def weights_state(unet) -> tuple:

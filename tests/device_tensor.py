@@ -77,6 +77,9 @@ class DeviceTensor(torch.Tensor):
     def __init__(self, host: torch.Tensor) -> None:
         self.host = host
 
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["host"], None
+
     def __repr__(self, **_: Any) -> str:
         return f"DeviceTensor(shape={tuple(self.shape)}, dtype={self.dtype})"
 
