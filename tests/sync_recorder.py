@@ -14,12 +14,23 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from device_tensor import DeviceFunctions, DeviceOperators, DeviceTensor
+from device_tensor import DeviceFunctions, DeviceOperators, DeviceTensor, Record
 from torch import nn
 
 _NOT_A_PLACE = (str(Path(torch.__file__).parent), __file__, str(Path(__file__).with_name("device_tensor.py")))
+
+
+class _Stream:
+    """What `torch.cuda.current_stream()` gives, as far as it can be waited for."""
+
+    def __init__(self, record: Record) -> None:
+        self._record = record
+
+    def synchronize(self) -> None:
+        self._record("synchronize", True)
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,8 @@ class SyncRecorder:
     def __enter__(self) -> SyncRecorder:
         self._stack.enter_context(DeviceFunctions(self._record))
         self._stack.enter_context(DeviceOperators(self._record))
+        # A build without CUDA has no streams.
+        self._stack.enter_context(patch.object(torch.cuda, "current_stream", lambda device=None: _Stream(self._record)))
         return self
 
     def __exit__(self, *exception: Any) -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from conftest import draw, load_fast, load_stock
@@ -22,9 +23,12 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from sync_recorder import SyncRecorder
+from tape_recorder import TapeRecorder
 
 import fastdiff
 from fastdiff import FastConfig, fast_scheduler
+from fastdiff.context import ContextKV
+from fastdiff.graphs import GraphPool, apply_graphs, remove_graphs
 
 EIGHT = [
     DDIMScheduler,
@@ -212,6 +216,42 @@ def test_noise_from_a_cpu_generator_is_copied_without_a_wait(stock, fast_on_devi
     assert recorder.waits("loop") == []
     assert 0 < len(recorder.copies("loop")) <= STEPS
     assert abs(image - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_pictures_leave_the_device_in_one_copy_and_one_wait(stock, fast_on_device, count):
+    options = {"output_type": "pil", "num_images_per_prompt": count}
+    expected = run(with_scheduler(stock, EulerDiscreteScheduler), **options)
+    with_scheduler(fast_on_device, EulerDiscreteScheduler)
+    fast_on_device.scheduler = fast_scheduler(fast_on_device.scheduler)
+    recorder, pictures = record(fast_on_device, **options)
+    assert [event.name for event in recorder.waits("after")] == ["synchronize"]
+    # What was finite, twice, and the pictures themselves.
+    assert [e.where.partition(":")[0] for e in recorder.events if e.phase == "after" and not e.wait] == [
+        "fastdiff/finite.py",
+        "fastdiff/finite.py",
+        "fastdiff/postprocess.py",
+    ]
+    assert len(pictures) == count
+    for picture, stocks in zip(pictures, expected, strict=True):
+        assert abs(np.asarray(picture, dtype=int) - np.asarray(stocks, dtype=int)).max() <= 1
+
+
+def test_loop_with_graphs_never_waits(stock, fast_on_device):
+    expected = run(with_scheduler(stock, EulerDiscreteScheduler))
+    with_scheduler(fast_on_device, EulerDiscreteScheduler)
+    fast_on_device.scheduler = fast_scheduler(fast_on_device.scheduler)
+    record(fast_on_device)  # plans, which takes graphs off
+    models, tape = [fast_on_device.unet, fast_on_device.vae], TapeRecorder("cuda:0")
+    apply_graphs(models, GraphPool(tape), ContextKV)
+    try:
+        for _ in range(2):
+            recorder, image = record(fast_on_device)
+            check_no_wait_in_loop(recorder)
+            assert abs(image - expected).max() < 1e-4
+    finally:
+        remove_graphs(models)
+    assert tape.recorded == 2 and tape.replayed == 2 * STEPS
 
 
 # Threads

@@ -41,6 +41,7 @@ WAITING = {
     "to cpu": (lambda x: x.to("cpu"), ["device to host"]),
     "to cpu without waiting": (lambda x: x.to("cpu", non_blocking=True), ["device to host"]),
     "copy_ to the host": (lambda x: torch.zeros(3).copy_(x), ["device to host"]),
+    "stream": (lambda x: torch.cuda.current_stream(x.device).synchronize(), ["synchronize"]),
     "to device": (lambda x: torch.ones(3).to(x.device), ["host to device"]),
     "to another tensor's device": (lambda x: torch.ones(3).to(x), ["host to device"]),
     "cuda": (lambda x: torch.ones(3).cuda(), ["host to device"]),
@@ -93,6 +94,14 @@ def test_copy_from_pinned_memory_is_a_copy_that_does_not_wait():
         torch.randn(3, pin_memory=True).to("cuda", non_blocking=True)
         torch.ones(3).pin_memory().to("cuda")
     assert [event.wait for event in recorder.copies()] == [False, False, True]
+
+
+def test_copy_to_pinned_memory_waits_when_asked_to():
+    with SyncRecorder() as recorder:
+        x = recorder.on_device(torch.ones(3))
+        torch.empty(3, pin_memory=True).copy_(x, non_blocking=True)
+        torch.cuda.current_stream(x.device).synchronize()
+    assert [(event.name, event.wait) for event in recorder.events] == [("device to host", False), ("synchronize", True)]
 
 
 def test_values_are_those_of_the_cpu():
