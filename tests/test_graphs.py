@@ -23,6 +23,7 @@ import fastdiff.plan
 from fastdiff import FastConfig, FastStableDiffusionXLControlNetPipeline
 from fastdiff.context import ContextKV
 from fastdiff.graphs import GraphPool, apply_graphs, graph_pools, graphed_methods, remove_graphs, why_no_graphs
+from fastdiff.quantization import apply_quantization
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -330,6 +331,18 @@ def test_weights_changed_in_place_are_seen_and_moved_ones_recorded_anew(unet, re
         unet.conv_act = torch.nn.ReLU()
         assert not torch.equal(check(unet, call), changed) and recorder.recorded == 4
     assert len(graph_pools([unet])[0]) == 1
+
+
+@pytest.mark.parametrize("scheme", ["int8-weight-only", "fp8-weight-only"])
+def test_quantized_weights(recorder, scheme):
+    unet = load_fast("exact").unet
+    taken, _ = apply_quantization(unet, scheme)
+    assert taken > 0
+    apply_graphs([unet], GraphPool(recorder), ContextKV)
+    call = inputs(unet)
+    check(unet, call)
+    check(unet, {**call, "sample": call["sample"] * 2})
+    assert recorder.recorded == 1
 
 
 def test_fusing_and_processors(unet, recorder):
