@@ -18,12 +18,12 @@ from family_features import controlnet
 from ip_adapters import image_embeds, make_ip_adapter
 from loras import write_lora
 from tape_recorder import TapeRecorder
+from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
 import fastdiff.plan
 from fastdiff import FastConfig, FastStableDiffusionXLControlNetPipeline
 from fastdiff.context import ContextKV
 from fastdiff.graphs import GraphPool, apply_graphs, graph_pools, graphed_methods, remove_graphs, why_no_graphs
-from fastdiff.quantization import apply_quantization
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -333,11 +333,12 @@ def test_weights_changed_in_place_are_seen_and_moved_ones_recorded_anew(unet, re
     assert len(graph_pools([unet])[0]) == 1
 
 
-@pytest.mark.parametrize("scheme", ["int8-weight-only", "fp8-weight-only"])
-def test_quantized_weights(recorder, scheme):
+@pytest.mark.parametrize("config", [Int8WeightOnlyConfig, Float8WeightOnlyConfig])
+def test_quantized_weights(recorder, config):
     unet = load_fast("exact").unet
-    taken, _ = apply_quantization(unet, scheme)
-    assert taken > 0
+    # The plan leaves layers as small as these alone.
+    quantize_(unet, config(set_inductor_config=False), filter_fn=lambda module, name: name.endswith("ff.net.2"))
+    assert type(unet.mid_block.attentions[0].transformer_blocks[0].ff.net[2].weight) is not torch.nn.Parameter
     apply_graphs([unet], GraphPool(recorder), ContextKV)
     call = inputs(unet)
     check(unet, call)
@@ -372,18 +373,17 @@ def test_processor_with_a_state_is_not_recorded(unet, recorder):
     assert counting.count == 4 and recorder.recorded == 0
 
 
-def test_hooks_of_others_run_each_time(unet, recorder):
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_of_others_run_each_time(unet, recorder, register):
     call, seen = inputs(unet), []
     check(unet, call)
-    hook = unet.mid_block.register_forward_hook(lambda *_: seen.append("after"))
-    before = unet.mid_block.register_forward_pre_hook(lambda *_: seen.append("before"))
-    for _ in range(2):
+    hook = getattr(unet.mid_block, register)(lambda *_: seen.append(1))
+    for count in (1, 2):
         step(unet, call)
-    assert seen == ["before", "after"] * 2
+        assert len(seen) == count
     hook.remove()
-    before.remove()
     check(unet, call)
-    assert len(seen) == 4 and recorder.recorded == 1
+    assert len(seen) == 2 and recorder.recorded == 1
 
 
 def test_ip_adapter_is_not_recorded(pipe, recorder, assert_close):
