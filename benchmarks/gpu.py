@@ -1,9 +1,11 @@
-"""The ladder on a GPU: SDXL of full size with random weights, 1024x1024, 30 steps, batch 1 and 8.
+"""All numbers of a GPU: SDXL of full size with random weights, 1024x1024, 30 steps, batch 1 and 8.
 
-    python benchmarks/gpu.py                 # cut off? the same command goes on after the last finished rung
+    python benchmarks/gpu.py                 # cut off? the same command goes on after the last finished part
     python benchmarks/gpu.py --dry-run       # on the CPU, with the embedded model, in seconds
 
-One JSON and one picture for each batch size, in benchmarks/results.
+What matters most comes first: attention kernels; the presets with and without CUDA graphs, their warm-up, waits,
+kernels and pictures a second; then the ladder, whose recipe searches for kernels for minutes, and its other rungs. A
+probes JSON, and for each batch size of the ladder one JSON and one picture, in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -20,17 +22,19 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from gpu_probes import attention_backends, probe_preset, probe_report  # noqa: E402
 from scenarios import LADDER, RECIPE, REFERENCE, SDXL_RANDOM, Settings, rungs_for  # noqa: E402
 
 from fastdiff import EMBEDDED_CHECKPOINT  # noqa: E402
-from fastdiff.bench.machine import describe  # noqa: E402
+from fastdiff.bench.machine import describe, machine_info  # noqa: E402
 from fastdiff.bench.plot import draw  # noqa: E402
-from fastdiff.bench.run import run_ladder  # noqa: E402
+from fastdiff.bench.run import OtherRunError, run_ladder  # noqa: E402
 from fastdiff.bench.timing import timed  # noqa: E402
 
 MEASURES = ("picture", "step", "vae")
-# The recipe searches for kernels for minutes; all that is quick comes first.
-LAST = (RECIPE,)
+PRESETS = ("balanced", "exact")
+# The targets are ratios to these; what is left of the ladder comes last.
+FIRST = (REFERENCE, "exact", "balanced")
 # At larger batches these take minutes and say nothing that batch 1 does not.
 SMALL_BATCH_ONLY = ("float32", "bfloat16")
 # Nothing that compiles: a dry run is to take seconds.
@@ -90,17 +94,43 @@ def report(results: dict) -> str:
 
 
 def climb(settings: Settings, names: list[str], path: Path, model_name: str) -> dict:
-    """Run the ladder in two parts, quick rungs first; returns the results with the matrix product's speed."""
-    device = torch.device(settings.device)
-    speed = matmul_tflops(settings.device, 8192 if device.type == "cuda" else 128)
-    for part in ([n for n in names if n not in LAST], [n for n in names if n in LAST]):
-        if part:
-            results = run_ladder(settings, rungs_for(settings, part), path, model_name)
-            # Compiled code of one batch size would make the next one recompile with symbolic sizes.
-            torch._dynamo.reset()
+    """Climb some rungs; returns the results of all that are in the file, with the matrix product's speed."""
+    speed = matmul_tflops(settings.device, 8192 if settings.device == "cuda" else 128)
+    results = run_ladder(settings, rungs_for(settings, names), path, model_name)
+    # Compiled code of one batch size would make the next one recompile with symbolic sizes.
+    torch._dynamo.reset()
     results["matmul_tflops"] = round(speed, 3)
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    _save(results, path)
     return results
+
+
+def probe(settings: Settings, batches: list[int], path: Path) -> dict:
+    """Measure what is not in the file yet; returns all of it."""
+    fresh = {"machine": machine_info(settings.device), "date": str(datetime.date.today()), "presets": {}}
+    probes = json.loads(path.read_text(encoding="utf-8")) if path.exists() else fresh
+    if probes["machine"] != fresh["machine"]:
+        raise OtherRunError(f"{path.name} holds a run of another machine; move it away or choose another --out")
+    if "attention" not in probes:
+        probes["attention"] = attention_backends(settings)
+        _save(probes, path)
+    for name in PRESETS:
+        if name not in probes["presets"]:
+            probes["presets"][name] = probe_preset(name, settings, batches)
+            _save(probes, path)
+            torch._dynamo.reset()
+    return probes
+
+
+def _save(results: dict, path: Path) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _newest(folder: Path, theme: str) -> Path:
+    """The file of a run that was begun, or that of one to begin."""
+    begun = sorted(folder.glob(f"{theme}_*.json"))
+    return begun[-1] if begun else folder / f"{theme}_{datetime.date.today()}.json"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -122,20 +152,30 @@ def main(argv: list[str] | None = None) -> int:
         "steps": arguments.steps or (2 if dry else 30),
         "measures": MEASURES,
         "device": "cpu" if dry else "cuda",
-        "rounds": 2 if dry else 10,
-        "seconds": 12,
+        "rounds": 2 if dry else 5,
+        "seconds": 6,
     }
     hardware = "dry" if dry else re.sub(r"\W+", "-", torch.cuda.get_device_name().lower())
-    for batch in arguments.batches or ([1, 2] if dry else [1, 8]):
+    model_name = "embedded" if dry else SDXL_RANDOM
+    batches = arguments.batches or ([1, 2] if dry else [1, 8])
+    wanted = arguments.rungs or (DRY_RUNGS if dry else [rung.name for rung in LADDER])
+
+    path = _newest(arguments.out, f"gpu_probes_{hardware}")
+    probes = probe(Settings(batch=1, **common), batches, path)
+    print(probe_report(probes), "", f"wrote {path.name}", "", sep="\n", flush=True)
+
+    # By part rather than by batch, so that a run that is cut off has the most to say.
+    parts = [(FIRST, batch) for batch in batches] + [((RECIPE,), batch) for batch in batches]
+    parts += [(tuple(rung.name for rung in LADDER if rung.name not in (*FIRST, RECIPE)), batch) for batch in batches]
+    for part, batch in parts:
+        names = [n for n in wanted if n in part and (batch == 1 or n not in SMALL_BATCH_ONLY)]
+        if not names:
+            continue
         settings = Settings(batch=batch, **common)
-        names = arguments.rungs or (DRY_RUNGS if dry else [rung.name for rung in LADDER])
-        names = [name for name in names if batch == 1 or name not in SMALL_BATCH_ONLY]
-        theme = f"ladder_{hardware}_batch{batch}"
-        begun = sorted(arguments.out.glob(f"{theme}_*.json"))
-        path = begun[-1] if begun else arguments.out / f"{theme}_{datetime.date.today()}.json"
-        results = climb(settings, names, path, "embedded" if dry else SDXL_RANDOM)
+        path = _newest(arguments.out, f"ladder_{hardware}_batch{batch}")
+        results = climb(settings, names, path, model_name)
         draw(results, path.with_suffix(".png"))
-        print(report(results), "", f"wrote {path.name} and {path.stem}.png", sep="\n", flush=True)
+        print(report(results), "", f"wrote {path.name} and {path.stem}.png", "", sep="\n", flush=True)
     return 0
 
 

@@ -26,6 +26,7 @@ from .loading import FastLoadingMixin
 from .loop import DenoisingLoop
 from .plan import Plan, PlanStep, convert_component, format_plan, weights_state
 from .postprocess import FastImageProcessor
+from .prompts import encode_together
 from .unet import FastUNet2DConditionModel
 
 
@@ -248,7 +249,9 @@ class FastPipelineMixin(FastLoadingMixin):
     def encode_prompt(self, *args, **kwargs):
         """As upstream, one call at a time: tokenizers keep padding and truncation as state of their own."""
         with self._calls.encoding:
-            return super().encode_prompt(*args, **kwargs)
+            encode, zero_for_none = super().encode_prompt, self.config.force_zeros_for_empty_prompt
+            joined = None if self.fast_config.is_off else encode_together(encode, zero_for_none, args, kwargs)
+            return encode(*args, **kwargs) if joined is None else joined
 
     def prepare_extra_step_kwargs(self, *args, **kwargs) -> dict:
         """Upstream's hook between schedule and loop: put the time embeddings of all steps on the device."""

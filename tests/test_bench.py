@@ -262,6 +262,15 @@ def test_gpu_script_passes_its_dry_run(tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--dry-run", "--batches", "1", "--out", tmp_path]
     first = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert first.returncode == 0, first.stderr
+    (probes,) = tmp_path.glob("gpu_probes_dry_*.json")
+    found = json.loads(probes.read_text())
+    assert all(found["attention"][shape]["default"] > 0 for shape in ("self, outer level", "cross, inner level", "VAE"))
+    for preset in ("exact", "balanced"):
+        assert set(found["presets"][preset]["times"]) == {"picture", "step", "vae"}
+        assert set(found["presets"][preset]["times_without_graphs"]) == {"picture", "step", "vae"}
+        assert found["presets"][preset]["pictures_per_s"]["1"] > 0
+        assert len(found["presets"][preset]["kernels"]["step"]) > 5
+    assert "| exact | " in first.stdout and "| attention, us a call | default | cudnn |" in first.stdout
     (path,) = tmp_path.glob("ladder_dry_batch1_*.json")
     results = json.loads(path.read_text())
     assert results["step_flops"] > 0 and results["matmul_tflops"] > 0
