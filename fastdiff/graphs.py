@@ -106,8 +106,8 @@ class GraphedMethod:
         module: has the method, and the weights that it uses.
         name: of the method.
         pool: keeps the graphs.
-        by_address: type of arguments whose tensors keep their address between calls and are used where they are.
-            Other tensors are copied.
+        by_address: tuple type of arguments whose tensors keep their address between calls and are used where they
+            are. Other tensors are copied.
     """
 
     _owners = itertools.count()
@@ -165,7 +165,7 @@ class GraphedMethod:
 
     def _kind(self, leaf: Any, device: torch.device) -> tuple | None:
         if isinstance(leaf, self.by_address):
-            return tuple((*addresses(t), t.shape, t.stride(), t.dtype) for t in leaf)
+            return tuple((*addresses(t), t.shape, t.stride(), t.dtype) for t in leaf if t is not None)
         if isinstance(leaf, torch.Tensor):
             return (leaf.shape, leaf.stride(), leaf.dtype) if leaf.device == device else None
         return (type(leaf), leaf) if isinstance(leaf, _PLAIN) else None
