@@ -1,4 +1,4 @@
-"""The `fastdiff` command: generate and explain."""
+"""The `fastdiff` command: generate, explain and warmup."""
 
 from __future__ import annotations
 
@@ -53,12 +53,20 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, help="random by default, and printed")
     generate.add_argument("--batch", type=_positive_int, default=1, help="pictures of this prompt (1)")
     generate.add_argument("--compare", action="store_true", help="also run stock diffusers; both side by side")
+    generate.add_argument("--compiled", metavar="PATH", help="compiled code that `fastdiff warmup` saved")
     _add_model_arguments(generate)
     generate.set_defaults(run=_generate)
 
     explain = commands.add_parser("explain", help="what fastdiff applies on this machine, and why")
     _add_model_arguments(explain)
     explain.set_defaults(run=_explain)
+
+    warmup = commands.add_parser("warmup", help="compile ahead, and save the compiled code for later processes")
+    warmup.add_argument("--size", type=_size, metavar="WxH", help="in pixels; the model's own size by default")
+    warmup.add_argument("--batch", type=_positive_int, default=1, help="pictures of a call (1)")
+    warmup.add_argument("--save", metavar="PATH", required=True, type=Path, help="file for `generate --compiled`")
+    _add_model_arguments(warmup)
+    warmup.set_defaults(run=_warmup)
 
     from .bench.commands import add_commands as add_bench
     from .scale.commands import add_commands
@@ -127,6 +135,19 @@ def _explain(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _warmup(arguments: argparse.Namespace) -> int:
+    pipe = _load(arguments)
+    compile_step = next((step for step in pipe.plan if step.name == "compile"), pipe.plan[0])
+    if not compile_step.applied:
+        raise UsageError(f"nothing to save, as nothing is compiled: {compile_step.reason}")
+    side = pipe.default_sample_size * pipe.vae_scale_factor
+    started = time.perf_counter()
+    pipe.warmup(sizes=[arguments.size or (side, side)], batch_sizes=[arguments.batch])
+    pipe.save_compiled(arguments.save)
+    print(f"wrote {arguments.save} after {time.perf_counter() - started:.1f} s of compiling")
+    return 0
+
+
 def _load(arguments: argparse.Namespace):
     import torch
 
@@ -139,6 +160,7 @@ def _load(arguments: argparse.Namespace):
         device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and not torch.cuda.is_available():
             raise UsageError(f"--device {device}: no CUDA device is available here")
+        options["compiled"] = getattr(arguments, "compiled", None)
         pipe = FastStableDiffusionXLPipeline.from_pretrained(arguments.model, fast=config, **options)
         return pipe.to(device)
     except (ValueError, RuntimeError) as error:

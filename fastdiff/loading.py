@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from . import checkpoints
+from .artifacts import Artifacts, artifact_key, read_artifacts, save_artifacts
 from .config import FastConfig
 from .offload import inner_offloading
 from .plan import convert_component
@@ -17,51 +18,83 @@ from .quantization import load_quantized, quantized_scheme_of
 
 
 class FastLoadingMixin:
-    """`from_pretrained`, `from_single_file` and `from_pipe` with the `fast` argument."""
+    """`from_pretrained`, `from_single_file` and `from_pipe` with the arguments `fast` and `compiled`."""
+
+    _artifacts: Artifacts | None = None
+    # The plan that a picture was drawn with; before, nothing is compiled.
+    _drawn_with: tuple | None = None
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *, fast: FastConfig | str | None = None, **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *,
+        fast: FastConfig | str | None = None,
+        compiled: str | os.PathLike | None = None,
+        **kwargs,
+    ):
         """Load an SDXL checkpoint as the stock class does, and make it fast.
 
         Args:
             pretrained_model_name_or_path: a directory written by `save_pretrained`, or a model id of the hub.
             fast: a `FastConfig`, a preset's name, or None for the default.
+            compiled: a file written by `save_compiled`. It is code: load only your own. One that is damaged or was
+                made for something else is not used, and a warning says why.
             kwargs: as in the stock class. Without `torch_dtype`, `FastConfig.dtype` decides. Only safetensors are
                 loaded unless `use_safetensors=False` is given.
 
         Raises:
-            ValueError: the path is no checkpoint, not SDXL, holds no safetensors, or the preset is unknown; or it is
-                quantized with another scheme than `fast` asks for.
+            ValueError: the path is no checkpoint, not SDXL, holds no safetensors, or the preset is unknown; it is
+                quantized with another scheme than `fast` asks for; or there is no file `compiled`.
         """
         config = FastConfig.resolve(fast)
         checkpoints.check_checkpoint(cls, pretrained_model_name_or_path, kwargs)
+        artifacts = read_artifacts(compiled)
         _choose_dtype(config, kwargs)
         _load_quantized(pretrained_model_name_or_path, config, kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, fast=config, **kwargs)
+        pipe = super().from_pretrained(pretrained_model_name_or_path, fast=config, **kwargs)
+        pipe._artifacts = artifacts
+        return pipe
 
     @classmethod
     def from_single_file(
-        cls, pretrained_model_link_or_path: str | os.PathLike, *, fast: FastConfig | str | None = None, **kwargs
+        cls,
+        pretrained_model_link_or_path: str | os.PathLike,
+        *,
+        fast: FastConfig | str | None = None,
+        compiled: str | os.PathLike | None = None,
+        **kwargs,
     ):
         """Load one safetensors file in Stability AI's original layout, as the stock class does, and make it fast.
 
         Args:
             pretrained_model_link_or_path: a local file, or a link to a file of the hub.
             fast: a `FastConfig`, a preset's name, or None for the default.
+            compiled: as in `from_pretrained`.
             kwargs: as in the stock class. Without `torch_dtype`, `FastConfig.dtype` decides. `config` names a local
                 directory in the diffusers layout whose configurations and tokenizers are taken; without it they
                 come from the hub.
 
         Raises:
-            ValueError: the file does not exist, is not safetensors, or is not SDXL.
+            ValueError: a file does not exist, or the model's is not safetensors, or is not SDXL.
         """
         config = FastConfig.resolve(fast)
         checkpoints.check_single_file(pretrained_model_link_or_path)
+        artifacts = read_artifacts(compiled)
         _choose_dtype(config, kwargs)
-        return super().from_single_file(str(pretrained_model_link_or_path), fast=config, **kwargs)
+        pipe = super().from_single_file(str(pretrained_model_link_or_path), fast=config, **kwargs)
+        pipe._artifacts = artifacts
+        return pipe
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, *, fast: FastConfig | str | None = None, **kwargs):
+    def from_pipe(
+        cls,
+        pipeline: DiffusionPipeline,
+        *,
+        fast: FastConfig | str | None = None,
+        compiled: str | os.PathLike | None = None,
+        **kwargs,
+    ):
         """Make a fast pipeline from any SDXL pipeline, stock or fast, over the same weights.
 
         Weights keep their dtype and place, and no memory is added. `pipeline` keeps working. From a fast pipeline
@@ -70,12 +103,13 @@ class FastLoadingMixin:
         Args:
             pipeline: the source.
             fast: a `FastConfig`, a preset's name, or None for the source's configuration or else the default.
+            compiled: as in `from_pretrained`.
             kwargs: components or options that replace those of `pipeline`; `torch_dtype` casts.
 
         Raises:
             TypeError: `pipeline` is no diffusers pipeline.
-            ValueError: a component that this class needs is missing, `pipeline` uses perturbed-attention guidance, or
-                it is a stock one that is offloaded.
+            ValueError: a component that this class needs is missing, `pipeline` uses perturbed-attention guidance, it
+                is a stock one that is offloaded, or there is no file `compiled`.
         """
         if not isinstance(pipeline, DiffusionPipeline):
             raise TypeError(f"from_pipe takes a diffusers pipeline, not a {type(pipeline).__name__}.")
@@ -84,6 +118,7 @@ class FastLoadingMixin:
                 f"Perturbed-attention guidance has no fast class, and {cls.__qualname__} would leave it out. Keep "
                 f"{type(pipeline).__name__}, or go without it by StableDiffusionXLPipeline.from_pipe(pipeline) first."
             )
+        artifacts = read_artifacts(compiled)
         if fast is None:
             fast = getattr(pipeline, "fast_config", None)
         dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
@@ -102,11 +137,41 @@ class FastLoadingMixin:
             listed = ", ".join(missing)
             raise ValueError(f"{cls.__qualname__}.from_pipe: pass {listed}; {type(pipeline).__name__} has none.")
         made = cls(**arguments)
+        made._artifacts = artifacts
         made.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
         if isinstance(pipeline, FastLoadingMixin) and made.scheduler is pipeline.scheduler:
             # Two pipelines over one scheduler: calls that overlap are told apart as those of one pipeline are.
             made._calls = pipeline._calls
         return made if dtype is None else made.to(dtype)
+
+    def save_compiled(self, path: str | os.PathLike) -> None:
+        """Save what was compiled for this pipeline, for `from_pretrained(..., compiled=path)` in another process.
+
+        The file holds machine code and may hold other code that torch compiled in this process: whoever can write it
+        can run code where it is loaded. Where it is loaded, checkpoint, device, dtype and plan must be the same.
+
+        Args:
+            path: the file to write, whole or not at all.
+
+        Raises:
+            RuntimeError: nothing was compiled: the plan compiles nothing, or no picture was drawn yet.
+            OSError: the file cannot be written.
+        """
+        steps = self._apply_plan()
+        compile_step = next((step for step in steps if step.name == "compile"), steps[0])
+        if not compile_step.applied:
+            raise RuntimeError(f"save_compiled: the plan compiles nothing ({compile_step.reason}).")
+        if self._drawn_with != self._plan_key:
+            raise RuntimeError("save_compiled: nothing is compiled yet; call pipe.warmup(...) first.")
+        save_artifacts(path, self._artifact_key(steps))
+
+    def _install_artifacts(self, steps: list) -> None:
+        """Once the plan says what will be compiled, and before it is."""
+        if self._artifacts is not None:
+            self._artifacts.install(self._artifact_key(steps))
+
+    def _artifact_key(self, steps: list) -> dict:
+        return artifact_key(self.unet, self.vae, self._execution_device, steps)
 
 
 def _choose_dtype(config: FastConfig, kwargs: dict) -> None:

@@ -174,6 +174,7 @@ class FastPipelineMixin(FastLoadingMixin):
             if self._plan_key != self._current_key():
                 self._plan = self._new_plan().apply()
                 self._plan_key = self._current_key()
+                self._install_artifacts(self._plan)
             return self._plan
 
     def _current_key(self) -> tuple:
@@ -204,6 +205,7 @@ class FastPipelineMixin(FastLoadingMixin):
     def __call__(self, *args, **kwargs):
         with self._owned_call() as pipe, FiniteCheck() as check:
             output = super(FastPipelineMixin, pipe).__call__(*args, **kwargs)
+            self._drawn_with = self._plan_key
             if not self.fast_config.is_off:
                 self._report_non_finite(check, output[0])
             return output
