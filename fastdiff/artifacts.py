@@ -77,21 +77,21 @@ class Artifacts:
             _refuse(self.path, f"it could not be unpacked: {error}")
 
 
-def artifact_key(unet: torch.nn.Module, vae: torch.nn.Module, device: torch.device, steps: list) -> dict:
+def artifact_key(unet: torch.nn.Module, vae: torch.nn.Module, device: torch.device, mode: str, steps: list) -> dict:
     """What compiled code depends on, beside the graphs themselves, which torch compares.
 
     Args:
         device: where the models run.
+        mode: how they are compiled, `"regional"` or `"full"`.
         steps: of the pipeline's plan.
     """
-    scheme = getattr(unet, "quantized_scheme", None)
     return {
         **_versions(),
         "device": _device(device),
         "dtype of the UNet": str(unet.dtype),
         "dtype of the VAE": str(vae.dtype),
-        "compile mode": getattr(unet, "compiled_mode", ("off", 0))[0],
-        "quantization": scheme[0] if scheme else "none",
+        "compile mode": mode,
+        "quantization": next((step.reason for step in steps if step.name == "quantize" and step.applied), "none"),
         "plan": ", ".join(step.name for step in steps if step.applied),
     }
 

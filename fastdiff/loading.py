@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from . import checkpoints
 from .artifacts import Artifacts, artifact_key, read_artifacts, save_artifacts
+from .compilation import choose_compile
 from .config import FastConfig
 from .offload import inner_offloading
 from .plan import convert_component
@@ -171,7 +172,8 @@ class FastLoadingMixin:
             self._artifacts.install(self._artifact_key(steps))
 
     def _artifact_key(self, steps: list) -> dict:
-        return artifact_key(self.unet, self.vae, self._execution_device, steps)
+        mode = choose_compile(self.fast_config.compile, self.unet, self._execution_device).mode
+        return artifact_key(self.unet, self.vae, self._execution_device, mode, steps)
 
 
 def _choose_dtype(config: FastConfig, kwargs: dict) -> None:
