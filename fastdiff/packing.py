@@ -120,6 +120,9 @@ def _pack_linears(transformer: Transformer2DModel) -> None:
 def _is_packable(layer: nn.Module) -> bool:
     if type(layer) not in (nn.Linear, nn.Conv2d) or layer.weight.numel() < _MIN_WEIGHTS:
         return False
+    if type(layer.weight.data) is not torch.Tensor:
+        # A quantized weight, whose kind says how it is laid out.
+        return False
     if isinstance(layer, nn.Conv2d):
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str) or not _is_channels_last(layer):
             return False
