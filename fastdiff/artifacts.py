@@ -6,7 +6,8 @@ The file is one line of text, a JSON header and the payload:
     <length of the header, 8 bytes> <header> <payload>
 
 The payload is what `torch.compiler.save_cache_artifacts` returns, and beside it the shared libraries that inductor
-built with the C++ compiler: torch 2.13 keeps those out of its own artifacts, and on a CPU they are most of the time.
+built with the C++ compiler, which torch 2.13 keeps out of its own artifacts and which on a CPU are most of the time,
+and what `traces.py` records.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ import diffusers
 import torch
 
 from . import __version__
+from .traces import install_traces
 
 FORMAT = 1
 _MAGIC = "fastdiff-artifacts"
 _FIRST_LINE = re.compile(rf"{_MAGIC} (\d+) ([0-9a-f]{{64}}) (\d+)\n".encode())
-_CACHES = "torch"
+_CACHES, _TRACES = "torch", "traces"
 # As inductor names them: a folder of two letters, and a name that is a hash.
 _LIBRARY = re.compile(r"\w{2}/\w+(\.main)?\.so")
 _LOADING = "fastdiff compiles as usual"
@@ -53,10 +55,13 @@ class Artifacts:
     parts: dict[str, bytes]
     installed: bool = False
 
-    def install(self, key: dict) -> None:
+    def install(self, key: dict, models: list[torch.nn.Module]) -> None:
         """Give the compiled code to torch if it was made for `key`, or else warn and say what differs.
 
         Nothing is done a second time: what torch has been given stays in its caches.
+
+        Args:
+            models: of the pipeline, with regions that have not run yet.
         """
         if self.installed:
             return
@@ -69,10 +74,13 @@ class Artifacts:
             if torch.compiler.load_cache_artifacts(parts.pop(_CACHES)) is None:
                 _refuse(self.path, "torch cannot read its part of it")
                 return
+            traces = parts.pop(_TRACES, None)
             folder = _inductor_folder()
             for name, content in parts.items():
                 if not (folder / name).exists():
                     write_atomically(folder / name, [content])
+            if traces is not None:
+                install_traces(models, traces)
         except OSError as error:
             _refuse(self.path, f"it could not be unpacked: {error}")
 
@@ -96,8 +104,11 @@ def artifact_key(unet: torch.nn.Module, vae: torch.nn.Module, device: torch.devi
     }
 
 
-def save_artifacts(path: str | os.PathLike, key: dict) -> None:
+def save_artifacts(path: str | os.PathLike, key: dict, traces: bytes | None) -> None:
     """Write all that torch has compiled in this process to a file, at once or not at all.
+
+    Args:
+        traces: of `record_traces`.
 
     Raises:
         RuntimeError: torch kept nothing.
@@ -109,7 +120,7 @@ def save_artifacts(path: str | os.PathLike, key: dict) -> None:
             "save_compiled: torch kept nothing of what it compiled. Its caches are switched off, for example by "
             "TORCHINDUCTOR_FORCE_DISABLE_CACHES; switch them on and call warmup in a new process."
         )
-    parts = {_CACHES: saved[0], **_libraries()}
+    parts = {_CACHES: saved[0], **({} if traces is None else {_TRACES: traces}), **_libraries()}
     header = json.dumps({"key": key, "parts": {name: len(content) for name, content in parts.items()}}).encode()
     body = [len(header).to_bytes(8, "big"), header, *parts.values()]
     digest = hashlib.sha256()
@@ -148,7 +159,7 @@ def read_artifacts(path: str | os.PathLike | None) -> Artifacts | None:
         return _refuse(path, f"it was made for {differences}")
     parts = {}
     for name, length in header["parts"].items():
-        if name != _CACHES and not _LIBRARY.fullmatch(name):
+        if name not in (_CACHES, _TRACES) and not _LIBRARY.fullmatch(name):
             return _refuse(path, f"it holds a part of a strange name, {name!r}")
         parts[name] = bytes(body[position : position + length])
         position += length

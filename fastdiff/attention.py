@@ -11,7 +11,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .context import ContextKV
-from .identity import stands_in_for
 
 _PARTS = ("to_q", "to_k", "to_v")
 
@@ -85,7 +84,6 @@ class FusedQKVAttnProcessor(AttnProcessor2_0):
         return hidden_states
 
 
-@stands_in_for(Attention)
 class FastAttention(Attention):
     """diffusers' `Attention` that is either fused (`to_qkv`) or separate (`to_q`, `to_k`, `to_v`), never both copies.
 

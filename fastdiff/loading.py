@@ -13,9 +13,11 @@ from . import checkpoints
 from .artifacts import Artifacts, artifact_key, read_artifacts, save_artifacts
 from .compilation import choose_compile
 from .config import FastConfig
+from .controlnet import fast_controlnets
 from .offload import inner_offloading
 from .plan import convert_component
 from .quantization import load_quantized, quantized_scheme_of
+from .traces import record_traces
 
 
 class FastLoadingMixin:
@@ -24,6 +26,8 @@ class FastLoadingMixin:
     _artifacts: Artifacts | None = None
     # The plan that a picture was drawn with; before, nothing is compiled.
     _drawn_with: tuple | None = None
+    # Width, height, batch and other arguments of what `warmup` drew.
+    _warmed_up: tuple = ()
 
     @classmethod
     def from_pretrained(
@@ -148,6 +152,9 @@ class FastLoadingMixin:
     def save_compiled(self, path: str | os.PathLike) -> None:
         """Save what was compiled for this pipeline, for `from_pretrained(..., compiled=path)` in another process.
 
+        What `warmup` drew is drawn once more, for the next process not even to trace it; other calls it will have to
+        trace, which takes seconds.
+
         The file holds machine code and may hold other code that torch compiled in this process: whoever can write it
         can run code where it is loaded. Where it is loaded, checkpoint, device, dtype and plan must be the same.
 
@@ -164,16 +171,32 @@ class FastLoadingMixin:
             raise RuntimeError(f"save_compiled: the plan compiles nothing ({compile_step.reason}).")
         if self._drawn_with != self._plan_key:
             raise RuntimeError("save_compiled: nothing is compiled yet; call pipe.warmup(...) first.")
-        save_artifacts(path, self._artifact_key(steps))
+        traces = None
+        # These two wrap compiled code, and would not let new regions run.
+        wrapped = any(step.applied for step in steps if step.name in ("deep_cache", "cuda_graphs"))
+        if self._warmed_up and not wrapped:
+            traces = record_traces(self._compiled_models(), self._compile_mode(), self._warm_up_again)
+        save_artifacts(path, self._artifact_key(steps), traces)
+
+    def _warm_up_again(self) -> None:
+        warmed_up = self._warmed_up
+        for width, height, batch, options in warmed_up:
+            self.warmup([(width, height)], [batch], **options)
+        self._warmed_up = warmed_up
 
     def _install_artifacts(self, steps: list) -> None:
         """Once the plan says what will be compiled, and before it is."""
         if self._artifacts is not None:
-            self._artifacts.install(self._artifact_key(steps))
+            self._artifacts.install(self._artifact_key(steps), self._compiled_models())
 
     def _artifact_key(self, steps: list) -> dict:
-        mode = choose_compile(self.fast_config.compile, self.unet, self._execution_device).mode
-        return artifact_key(self.unet, self.vae, self._execution_device, mode, steps)
+        return artifact_key(self.unet, self.vae, self._execution_device, self._compile_mode(), steps)
+
+    def _compile_mode(self) -> str:
+        return choose_compile(self.fast_config.compile, self.unet, self._execution_device).mode
+
+    def _compiled_models(self) -> list:
+        return [self.unet, *fast_controlnets(getattr(self, "controlnet", None)), self.vae]
 
 
 def _choose_dtype(config: FastConfig, kwargs: dict) -> None:

@@ -137,6 +137,7 @@ class FastPipelineMixin(FastLoadingMixin):
                 self(**{**self._warmup_call(width, height, batch), **kwargs})
         finally:
             self._progress_bar_config = shown
+        self._warmed_up = (*self._warmed_up, *((*combination, kwargs) for combination in combinations))
 
     def _warmup_call(self, width: int, height: int, batch: int) -> dict:
         interval = self.fast_config.guidance_interval

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import draw, load_fast
+from conftest import draw, load_fast, load_stock
+from loras import write_lora
+from torch._dynamo.utils import counters
 
 from fastdiff import FastConfig
 from fastdiff.artifacts import FORMAT, read_artifacts
@@ -19,7 +21,8 @@ from fastdiff.cli import main
 
 COMPILED = FastConfig.preset("exact", compile="regional")
 
-# A process of its own for each: save, or load and draw. One class of block is enough, and compiles in seconds.
+# A process of its own for each: warm up, save and draw, or load and draw. One class of block is enough, and compiles in
+# seconds.
 PROCESS = """
 import json, sys, warnings
 from conftest import draw, load_fast
@@ -29,11 +32,17 @@ import torch
 
 action, path, latents = sys.argv[1:]
 warnings.simplefilter("error", RuntimeWarning)
-pipe = only_transformer_blocks(load_fast(COMPILED, **({} if action == "save" else {"compiled": path})))
+pipe = only_transformer_blocks(load_fast(COMPILED, compiled=path if action == "load" else None))
+if action == "save":
+    pipe.warmup(sizes=[(64, 64)])
+    graphs = counters["stats"]["unique_graphs"]
+    pipe.save_compiled(path)
+    saving = counters["stats"]["unique_graphs"] - graphs
 torch.save(draw(pipe), latents)
 if action == "save":
-    pipe.save_compiled(path)
-print(json.dumps({name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss", "bypass")}))
+    assert counters["stats"]["unique_graphs"] == graphs + saving, "saving takes compiled code away"
+caches = {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss", "bypass")}
+print(json.dumps({**caches, "traced": counters["stats"]["unique_graphs"]}))
 """
 
 
@@ -61,13 +70,17 @@ def graphs(folder: Path) -> list[Path]:
 
 
 def rewritten(source: Path, target: Path, change) -> Path:
-    """A file that is whole and says something else."""
+    """A file that is whole and says something else: `change` takes the key and the parts, to edit in place."""
     line, _, body = source.read_bytes().partition(b"\n")
-    end = 8 + int.from_bytes(body[:8], "big")
-    header = json.loads(body[8:end])
-    change(header)
+    position = 8 + int.from_bytes(body[:8], "big")
+    header, parts = json.loads(body[8:position]), {}
+    for name, length in header["parts"].items():
+        parts[name] = body[position : position + length]
+        position += length
+    change(header["key"], parts)
+    header["parts"] = {name: len(content) for name, content in parts.items()}
     header = json.dumps(header).encode()
-    body = len(header).to_bytes(8, "big") + header + body[end:]
+    body = len(header).to_bytes(8, "big") + header + b"".join(parts.values())
     name, number, _, _ = line.decode().split()
     line = f"{name} {number} {hashlib.sha256(body).hexdigest()} {len(body)}\n"
     target.write_bytes(line.encode() + body)
@@ -93,20 +106,43 @@ def inductor(tmp_path, monkeypatch) -> Path:
     torch.compiler.reset()
 
 
-def test_the_next_process_compiles_nothing(saved, tmp_path, stock, assert_close):
+def test_the_next_process_traces_and_compiles_nothing(saved, tmp_path, stock, assert_close):
     counts = run(tmp_path / "inductor", "load", saved, tmp_path / "latents.pt")
-    assert counts["hit"] > 0 and counts["miss"] == 0 and counts["bypass"] == 0
+    assert counts == {"hit": 0, "miss": 0, "bypass": 0, "traced": 0}
     # Every library was in the file: none was built.
-    assert libraries(tmp_path / "inductor") == {name for name in read_artifacts(saved).parts if name != "torch"}
+    parts = read_artifacts(saved).parts
+    assert libraries(tmp_path / "inductor") == set(parts) - {"torch", "traces"}
     drawn = torch.load(tmp_path / "latents.pt")
     assert torch.equal(drawn, torch.load(saved.parent / "latents.pt"))
     assert_close(drawn, draw(stock))
 
 
+def test_without_traces_the_next_process_compiles_nothing(saved, tmp_path):
+    path = rewritten(saved, tmp_path / "untraced", lambda key, parts: parts.pop("traces"))
+    counts = run(tmp_path / "inductor", "load", path, tmp_path / "latents.pt")
+    assert counts["traced"] == counts["hit"] > 0 and counts["miss"] == 0 and counts["bypass"] == 0
+    assert libraries(tmp_path / "inductor") == set(read_artifacts(path).parts) - {"torch"}
+    assert torch.equal(torch.load(tmp_path / "latents.pt"), torch.load(saved.parent / "latents.pt"))
+
+
+def test_loaded_traces_notice_an_adapter(saved, inductor, tmp_path, stock, assert_close):
+    counters.clear()
+    pipe = only_transformer_blocks(load_fast(COMPILED, compiled=saved))
+    assert_close(draw(pipe), draw(stock))
+    assert counters["stats"]["unique_graphs"] == 0
+    adapted, file = load_stock(), write_lora(load_stock(), tmp_path / "lora", seed=1)
+    for each in (pipe, adapted):
+        each.load_lora_weights(file)
+    expected = draw(adapted)
+    assert (expected - draw(stock)).abs().max() > 1e-2
+    assert_close(draw(pipe), expected)
+    assert counters["stats"]["unique_graphs"] > 0
+
+
 def test_a_file_that_fits_is_given_to_torch_once(saved, inductor):
     pipe = load_fast(COMPILED, compiled=saved)
     assert not inductor.exists() or not graphs(inductor)
-    assert pipe.plan and graphs(inductor) and libraries(inductor)
+    assert only_transformer_blocks(pipe).plan and graphs(inductor) and libraries(inductor)
     assert pipe._artifacts.installed and not pipe._artifacts.parts
 
 
@@ -148,14 +184,14 @@ def test_with_a_damaged_file_the_picture_is_right(saved, tmp_path, stock, assert
 
 @pytest.mark.parametrize("package", ["torch", "diffusers", "fastdiff", "python"])
 def test_another_version_is_refused_while_loading(saved, inductor, tmp_path, package):
-    path = rewritten(saved, tmp_path / "older", lambda header: header["key"].update({package: "0.0.1"}))
+    path = rewritten(saved, tmp_path / "older", lambda key, parts: key.update({package: "0.0.1"}))
     with pytest.warns(RuntimeWarning, match=f"made for {package} 0.0.1, not "):
         pipe = load_fast(COMPILED, compiled=path)
     assert pipe.plan and not graphs(inductor) and not libraries(inductor)
 
 
 def test_another_device_is_refused(saved, inductor, tmp_path):
-    path = rewritten(saved, tmp_path / "other", lambda header: header["key"].update(device="cuda, H200 9.0"))
+    path = rewritten(saved, tmp_path / "other", lambda key, parts: key.update(device="cuda, H200 9.0"))
     pipe = load_fast(COMPILED, compiled=path)
     with pytest.warns(RuntimeWarning, match="made for device cuda, H200 9.0, not .* cpu, .* threads"):
         assert pipe.plan
@@ -181,9 +217,8 @@ def test_another_plan_or_dtype_is_refused(saved, inductor, difference, options):
 
 
 def test_names_of_parts_stay_inside_of_the_folder(saved, tmp_path):
-    def escape(header):
-        name = next(name for name in header["parts"] if name != "torch")
-        header["parts"] = {"../../evil.so" if part == name else part: n for part, n in header["parts"].items()}
+    def escape(key, parts):
+        parts["../../evil.so"] = b""
 
     with pytest.warns(RuntimeWarning, match="strange name"):
         assert read_artifacts(rewritten(saved, tmp_path / "strange", escape)) is None
