@@ -2,7 +2,8 @@
 
 The newest file of each theme counts: `attention_*.json` (pytest-benchmark, the UNet step), `ladder_*.json` (`fastdiff
 bench` and `benchmarks/gpu.py`, one for each kind of hardware and batch), `lossy_*.json` (pytest-benchmark, loops with
-lossy options), `shapes_*.json` (`python -m fastdiff.shapes.evaluate`). What is not there is left out.
+lossy options), `quantization_*.json` (`python -m fastdiff.bench.quantization` and its benchmark), `shapes_*.json`
+(`python -m fastdiff.shapes.evaluate`). What is not there is left out.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def render(results: Path = RESULTS) -> str:
     """The README's section of measured numbers, in Markdown."""
     sections = [_ladder(path) for path in _newest(results.glob("ladder_*.json"))]
     sections += [_attention(path) for path in _newest(results.glob("attention_*.json"))]
+    sections += [_quantization(path) for path in _newest(results.glob("quantization_*.json"))]
     sections += [_lossy(path, results) for path in _newest(results.glob("lossy_*.json"))]
     sections += [_adherence(path) for path in _newest(results.glob("shapes_*.json"))]
     return "\n\n".join(["## Measured", *sections]) if sections else ""
@@ -106,6 +108,42 @@ def _attention(path: Path) -> str:
         ratios = f"{info['ratio_median']:.2f} ({info['ratio_min']:.2f} to {info['ratio_max']:.2f})"
         lines.append(f"| {size}x{size} | {info['peer_median_s']:.2f} s | {step['stats']['median']:.2f} s | {ratios} |")
     lines += ["", _source(path, data, "test_bench_unet.py --model sdxl-random --size 256 --size 512")]
+    return "\n".join(lines)
+
+
+def _quantization(path: Path) -> str:
+    results = json.loads(path.read_text(encoding="utf-8"))
+    errors = results["unet_256_errors_to_float32"]
+    pictures = {row["variant"]: row for row in results["pictures"]}
+    stock = pictures["stock, float32"]
+    lines = [
+        f"**Quantization on a CPU**, where it is off by default: the full-size UNet's step at 256x256, bfloat16, stock "
+        f"beside fast; and {stock['captions']} held-out captions drawn by the embedded model with every eligible layer "
+        f"quantized (stock in float32: {stock['satisfied']:.0%} satisfied).",
+        "",
+        "| scheme | stock / fast, median (least to greatest) | quantized layers, bytes | UNet, bytes | UNet's output, "
+        "error to float32 | captions satisfied | PSNR to bfloat16 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for step in results["steps_beside_stock"]:
+        scheme = step["test"].rpartition("bfloat16-")[2].rstrip("]")
+        drawn, name = pictures[scheme], "bfloat16" if scheme == "none" else scheme
+        ratios = f"{step['ratio_median']:.2f} ({step['ratio_min']:.2f} to {step['ratio_max']:.2f})"
+        shares = [f"{step[key][1] / step[key][0]:.2f}x" if key in step else "" for key in ("layer_bytes", "unet_bytes")]
+        psnr = drawn["psnr_vs_bfloat16_db"]
+        cells = [f"`{scheme}`", ratios, *shares, f"{errors[name]['error']:.1%}", f"{drawn['satisfied']:.0%}"]
+        lines.append("| " + " | ".join([*cells, "" if psnr is None else f"{psnr:.1f} dB"]) + " |")
+    turns = " and ".join(
+        f"{row['ratio_median']:.2f} times at {row['size']}x{row['size']}"
+        for row in results["int8_dynamic_beside_packed_bfloat16_in_turn"]
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in results["machine"]["versions"].items())
+    lines += [
+        "",
+        f"Timed in turn with packed bfloat16, `int8-dynamic` is {turns} as fast. {results['machine']['machine']} CPU, "
+        f"{results['machine']['threads']} threads; {versions}. From [{path.name}](benchmarks/results/{path.name}), "
+        "which also names the worst layers.",
+    ]
     return "\n".join(lines)
 
 
