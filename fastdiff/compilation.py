@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import nn
+
+from .regions import Region, Root, SharedRegion
 
 # Below this many parameters a region runs in less time than its guards and launch take to check.
 _MIN_PARAMETERS = 100_000_000
@@ -35,32 +38,65 @@ def choose_compile(requested: str, module: nn.Module, device: torch.device) -> C
     return CompileChoice("regional", f"repeated blocks on {device.type}")
 
 
-def apply_compilation(model: nn.Module, mode: str) -> int:
+def inductor_options(device: str, mode: str) -> dict[str, Any]:
+    """The options that the compiler gets for a device, beside its defaults.
+
+    Args:
+        device: type of the device, such as `"cuda"`.
+        mode: `"regional"` or `"full"`.
+
+    Returns:
+        Options of `torch.compile`. On CPU none: what the documented recipe sets is for Triton, and freezing would
+        make constants of weights, which merging a LoRA or quantizing writes to, and of the cached context.
+    """
+    if device != "cuda":
+        return {}
+    options = {
+        "conv_1x1_as_mm": True,
+        "coordinate_descent_tuning": True,
+        "coordinate_descent_check_all_directions": True,
+        "epilogue_fusion": False,
+    }
+    # A whole graph is tuned as "max-autotune" does, without its tables on the console.
+    return options if mode == "regional" else {**options, "max_autotune": True, "autotune_num_choices_displayed": 0}
+
+
+def apply_compilation(model: nn.Module, mode: str, device: str | None = None) -> int:
     """Compile a UNet, ControlNet or VAE in place. Nothing is compiled before the first call.
 
     Args:
-        mode: `"regional"`: each block class of `_repeated_blocks` is compiled once and serves all its instances.
-            `"full"`: the UNet's `denoise`, a ControlNet's `condition` and the VAE's decoder are one graph each.
+        mode: `"regional"`: each kind of block of `_repeated_blocks` is compiled once and serves all its instances, at
+            any size, number of samples and length of prompt. `"full"`: the UNet's `denoise`, a ControlNet's
+            `condition` and the VAE's decoder are one graph each, for the sizes of the first call.
+        device: type of the device that the model will run on; by default where it is.
 
     Returns:
         The number of compiled regions.
     """
     undo_compilation(model)
+    options = inductor_options(device or next(model.parameters()).device.type, mode)
     if mode == "full":
-        targets = [_whole(model)]
-    else:
-        targets = [(block, "forward") for block in repeated_blocks(model)]
-    regions: dict[tuple, Callable] = {}
-    for module, method in targets:
+        root, method = _roots(model)[0]
+        function = _own_code(getattr(type(root), method), 0)
+        compiled = torch.compile(function, fullgraph=True, options=options or None)
+        region = Region(function, type(model).__name__, compiled)
+        _install(root, method, Root(region, [region]))
+        return 1
+    regions: dict[tuple, SharedRegion] = {}
+    blocks = repeated_blocks(model)
+    for block in blocks:
         # `forward` is compiled rather than the call: hooks (the choice of the layer's context, offloading) stay
         # outside of the graph.
-        kind = _kind(module)
+        kind = _kind(block)
         if kind not in regions:
-            function = _own_code(getattr(type(module), method), len(regions))
-            regions[kind] = torch.compile(function, fullgraph=True, dynamic=True if mode == "regional" else None)
-        setattr(module, method, MethodType(regions[kind], module))
-        module._compiled_method = method
-    return len(targets)
+            function = _own_code(type(block).forward, len(regions))
+            compiled = torch.compile(function, fullgraph=True, dynamic=True, options=options or None)
+            regions[kind] = SharedRegion(function, _label(block), compiled, _is_channels_last(block))
+        _install(block, "forward", regions[kind])
+    for root, method in _roots(model):
+        inside = [regions[kind] for kind in _kinds_inside(blocks, root)]
+        _install(root, method, Root(getattr(type(root), method), inside))
+    return len(blocks)
 
 
 def undo_compilation(model: nn.Module) -> None:
@@ -70,10 +106,47 @@ def undo_compilation(model: nn.Module) -> None:
         module.__dict__.pop(method, None)
 
 
+def expect_new_graphs(model: nn.Module) -> None:
+    """Have progress shown again where a compiled model may need other graphs, as after loading an adapter."""
+    for module in model.modules():
+        method = module.__dict__.get("_compiled_method")
+        if method is not None and isinstance(region := module.__dict__[method].__func__, Region):
+            region.made.clear()
+
+
+def _install(module: nn.Module, method: str, function: Callable) -> None:
+    setattr(module, method, MethodType(function, module))
+    module._compiled_method = method
+
+
+def _roots(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where a model's work is done, the first being what full-graph compilation takes."""
+    for method in ("denoise", "condition"):
+        if hasattr(model, method):
+            return [(model, method)]
+    return [(model.decoder, "forward"), (model.encoder, "forward")]
+
+
 def _kind(module: nn.Module) -> tuple:
     """What two blocks must have in common to be served by one graph."""
     weights = tuple((name, p.shape, p.dtype, type(p)) for name, p in module.named_parameters())
-    return type(module), weights
+    # A factor of 1 gives another graph than one of 1.0.
+    return type(module), repr(getattr(module, "output_scale_factor", None)), weights
+
+
+def _kinds_inside(blocks: list[nn.Module], part: nn.Module) -> list[tuple]:
+    inside = set(part.modules())
+    return list(dict.fromkeys(_kind(block) for block in blocks if block in inside))
+
+
+def _label(block: nn.Module) -> str:
+    matrices = [p for p in block.parameters() if p.ndim > 1]
+    return f"{type(block).__name__} {matrices[0].shape[1]}->{matrices[-1].shape[0]}"
+
+
+def _is_channels_last(block: nn.Module) -> bool:
+    weights = [p for p in block.parameters() if p.ndim == 4 and p.shape[2] > 1]
+    return bool(weights) and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
 
 
 def _own_code(function: Callable, number: int) -> Callable:
@@ -86,13 +159,6 @@ def _own_code(function: Callable, number: int) -> Callable:
     copied = FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
     copied.__kwdefaults__ = function.__kwdefaults__
     return copied
-
-
-def _whole(model: nn.Module) -> tuple[nn.Module, str]:
-    for method in ("denoise", "condition"):
-        if hasattr(model, method):
-            return model, method
-    return model.decoder, "forward"
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -108,3 +174,8 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
     visit(model)
     return found
+
+
+def region_kinds(model: nn.Module, part: nn.Module | None = None) -> int:
+    """How many kinds of repeated blocks a model has, or a part of it; each is compiled once."""
+    return len(_kinds_inside(repeated_blocks(model), part or model))

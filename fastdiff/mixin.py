@@ -26,6 +26,7 @@ from .loading import FastLoadingMixin
 from .loop import DenoisingLoop
 from .plan import Plan, PlanStep, convert_component, format_plan, weights_state
 from .postprocess import FastImageProcessor
+from .progress import CompileProgress
 from .prompts import encode_together
 from .unet import FastUNet2DConditionModel
 
@@ -133,8 +134,11 @@ class FastPipelineMixin(FastLoadingMixin):
         shown = dict(getattr(self, "_progress_bar_config", {}))
         self.set_progress_bar_config(**{**shown, "disable": True})
         try:
-            for width, height, batch in tqdm(combinations, desc="warm-up", unit="size", disable=shown.get("disable")):
-                self(**{**self._warmup_call(width, height, batch), **kwargs})
+            with CompileProgress(shown, thorough=True):
+                for width, height, batch in tqdm(
+                    combinations, desc="warm-up", unit="size", disable=shown.get("disable")
+                ):
+                    self(**{**self._warmup_call(width, height, batch), **kwargs})
         finally:
             self._progress_bar_config = shown
         self._warmed_up = (*self._warmed_up, *((*combination, kwargs) for combination in combinations))
@@ -204,7 +208,8 @@ class FastPipelineMixin(FastLoadingMixin):
 
     @torch.no_grad()
     def __call__(self, *args, **kwargs):
-        with self._owned_call() as pipe, FiniteCheck() as check:
+        bars = getattr(self, "_progress_bar_config", {})
+        with self._owned_call() as pipe, FiniteCheck() as check, CompileProgress(bars):
             output = super(FastPipelineMixin, pipe).__call__(*args, **kwargs)
             self._drawn_with = self._plan_key
             if not self.fast_config.is_off:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from .attention import FastAttention, apply_fusion
-from .compilation import apply_compilation, choose_compile, undo_compilation
+from .compilation import apply_compilation, choose_compile, expect_new_graphs, undo_compilation
 from .config import FastConfig
 from .context import ContextKV
 from .controlnet import convert_controlnet
@@ -133,7 +133,7 @@ class Plan:
             self._fuse() if fused else self._unfuse()
         for model in (*self.denoisers, self.vae):
             undo_compilation(model)
-            model.compiled_mode = ("off", 0)
+            model.__dict__.pop("compiled_for", None)
 
     def _weights(self) -> list[PlanStep]:
         offloading = inner_offloading(self.unet)
@@ -239,13 +239,15 @@ class Plan:
         if choice.mode != "off" and offloading is not None:
             return PlanStep("compile", False, f"{offloading} moves weights inside of the regions")
         for model in (*self.denoisers, self.vae):
-            if getattr(model, "compiled_mode", ("off", 0))[0] != choice.mode:
+            wanted = (choice.mode, self.device.type)
+            if getattr(model, "compiled_for", ("off", self.device.type)) != wanted:
                 undo_compilation(model)
-                regions = 0 if choice.mode == "off" else apply_compilation(model, choice.mode)
-                model.compiled_mode = (choice.mode, regions)
+                model.compiled_for = wanted
+                model.compiled_regions = 0 if choice.mode == "off" else apply_compilation(model, *wanted)
+            expect_new_graphs(model)
         if choice.mode == "off":
             return PlanStep("compile", False, choice.reason)
-        regions = sum(model.compiled_mode[1] for model in (*self.denoisers, self.vae))
+        regions = sum(model.compiled_regions for model in (*self.denoisers, self.vae))
         return PlanStep("compile", True, f"{choice.mode}, {regions} regions: {choice.reason}")
 
     def _guidance_interval(self) -> PlanStep:

@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.utils import scale_lora_layers, unscale_lora_layers
 
 from .attention import FastAttention, FusedQKVAttnProcessor, apply_fusion, convert_attention
 from .context import attach_context_cache
@@ -84,8 +85,9 @@ class FastUNet2DConditionModel(UNet2DConditionModel):
             changed = [attn for attn in self._self_attentions if attn.is_fused != attn.fuse()]
             self.revision += bool(changed)
         context = encoder_hidden_states
-        if self._may_cache_context(kwargs.get("cross_attention_kwargs")):
-            context = self.context_cache.project(encoder_hidden_states)
+        if self._may_cache_context():
+            with self._scaled_adapters(kwargs.get("cross_attention_kwargs")):
+                context = self.context_cache.project(encoder_hidden_states)
         embedding = self._time_embedding(sample, timestep)
         (denoised,) = self.denoise(sample, embedding, context, *args, return_dict=False, **kwargs)
         return UNet2DConditionOutput(sample=denoised) if return_dict else UNetSample(denoised)
@@ -208,13 +210,22 @@ class FastUNet2DConditionModel(UNet2DConditionModel):
         self.context_cache.clear()
         self.revision += 1
 
-    def _may_cache_context(self, cross_attention_kwargs: dict | None) -> bool:
-        # A LoRA scale takes effect inside upstream's forward, after this point; an IP-Adapter or a text projection
-        # needs the context itself.
-        scaled = bool(cross_attention_kwargs) and cross_attention_kwargs.get("scale", 1.0) != 1.0
-        if scaled and getattr(self, "peft_config", None):
-            return False
+    def _may_cache_context(self) -> bool:
+        # An IP-Adapter or a text projection needs the context itself.
         return self.encoder_hid_proj is None and self.config.addition_embed_type in (None, "text_time")
+
+    @contextmanager
+    def _scaled_adapters(self, cross_attention_kwargs: dict | None):
+        """The LoRA scale of a call, which upstream applies inside of its forward, for the cached projections too."""
+        scale = (cross_attention_kwargs or {}).get("scale", 1.0)
+        layers = self.context_cache.layers if getattr(self, "peft_config", None) else []
+        for layer in layers:
+            scale_lora_layers(layer, scale)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                unscale_lora_layers(layer, scale)
 
     def _time_embedding(self, sample: torch.Tensor, timestep: torch.Tensor | float | int) -> torch.Tensor:
         if isinstance(timestep, torch.Tensor) and timestep.ndim == 0 and timestep.device.type == "cpu":

@@ -1,0 +1,130 @@
+"""Compiled code in its place: what is made uniform before a graph is entered, and where graphs are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from .progress import current_progress
+
+# Graphs that one kind of block may gather: other dtypes, adapters that were loaded and unloaded. The compiler's own
+# limit is 8, beyond which a full graph raises.
+_MAX_GRAPHS = 64
+
+
+class Region:
+    """Compiled code, and for which inputs it has graphs.
+
+    Args:
+        eager: what is compiled: a function whose first argument is the module.
+        label: what a person calls it.
+    """
+
+    def __init__(self, eager: Callable, label: str, compiled: Callable):
+        self.eager, self.label, self.compiled = eager, label, compiled
+        self.made: set = set()
+
+    def __call__(self, module: nn.Module, *args, **kwargs):
+        key = self.graph_of(args[0])
+        if key in self.made:
+            return self.compiled(module, *args, **kwargs)
+        progress = current_progress()
+        with nullcontext() if progress is None else progress.compiling(self.label):
+            result = self.compiled(module, *args, **kwargs)
+        self.made.add(key)
+        return result
+
+    def graph_of(self, sample: torch.Tensor) -> Any:
+        """What tells the graphs of this region apart."""
+        return sample.shape
+
+    def missing(self, sample: torch.Tensor, thorough: bool) -> int:
+        """How many graphs a call of the model will make here."""
+        return self.graph_of(sample) not in self.made
+
+
+class SharedRegion(Region):
+    """The code of all blocks of one kind: a graph for one sample, and one for several.
+
+    The compiler tells the two apart whatever it is told, because a dimension of 1 has no stride to speak of. All else
+    that varies is made uniform before the graph is entered.
+    """
+
+    def __init__(self, eager: Callable, label: str, compiled: Callable, channels_last: bool):
+        super().__init__(eager, label, compiled)
+        self._channels_last = channels_last
+
+    def __call__(self, module: nn.Module, *args, **kwargs):
+        if kwargs.get("cross_attention_kwargs") == {}:
+            # What upstream leaves of a LoRA scale.
+            kwargs["cross_attention_kwargs"] = None
+        args = tuple(map(self._uniform, args))
+        kwargs = {name: self._uniform(value) for name, value in kwargs.items()}
+        progress = current_progress()
+        if progress is not None and progress.thorough and self not in progress.visited:
+            progress.visited.add(self)
+            for samples in (1, 2):
+                super().__call__(module, *_resized(args, samples), **_resized(kwargs, samples))
+        if isinstance(args[-1], torch.Size):
+            # An Upsample2D that is told its result's size, because that is odd. The ratio of the sizes would become
+            # part of the graph; all that compiling could save here is a call, as a convolution is one either way.
+            return self.eager(module, *args, **kwargs)
+        return super().__call__(module, *args, **kwargs)
+
+    def _uniform(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if self._channels_last and value.ndim == 4:
+            # Attention returns its result with channels first, convolutions do not: a graph each without this.
+            value = value.contiguous(memory_format=torch.channels_last)
+        # Whether a tensor is a view of another one, and of which size, would become part of the graph.
+        return value.detach() if value._is_view() and not value.requires_grad else value
+
+    def graph_of(self, sample: torch.Tensor) -> bool:
+        return sample.shape[0] == 1
+
+    def missing(self, sample: torch.Tensor, thorough: bool) -> int:
+        wanted = {True, False} if thorough else {self.graph_of(sample)}
+        return len(wanted - self.made)
+
+
+class Root:
+    """The method of a model that the regions run in: sets the stage for compiling, in this thread and call alone.
+
+    Args:
+        method: the method itself; its first argument is the module.
+        regions: what runs inside of it.
+    """
+
+    def __init__(self, method: Callable, regions: list[Region]):
+        self._method, self._regions = method, regions
+        # With duck shapes, a first picture as wide as high makes one symbol of both, and the second one recompiles.
+        # These overrides belong to the thread; made once, as each keeps a context variable for good.
+        self._shapes = torch.fx.experimental._config.patch(use_duck_shape=False)
+        self._limit = torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS)
+
+    def __call__(self, module: nn.Module, *args, **kwargs):
+        progress = current_progress()
+        if progress is not None:
+            progress.expect(sum(region.missing(args[0], progress.thorough) for region in self._regions))
+        with self._shapes, self._limit:
+            return self._method(module, *args, **kwargs)
+
+
+def _resized(values: Any, samples: int) -> Any:
+    """The arguments of a block for another number of samples, and without a size that they may name."""
+
+    def resize(value: Any) -> Any:
+        # The mask that comes with cached keys holds for all samples.
+        if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape[:3] == (1, 1, 1):
+            return value
+        return torch.cat([value[:1]] * samples)
+
+    if isinstance(values, tuple):
+        values = tuple(None if isinstance(value, torch.Size) else value for value in values)
+    return pytree.tree_map(resize, values)
