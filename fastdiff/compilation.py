@@ -109,8 +109,9 @@ def undo_compilation(model: nn.Module) -> None:
 def expect_new_graphs(model: nn.Module) -> None:
     """Have progress shown again where a compiled model may need other graphs, as after loading an adapter."""
     for module in model.modules():
-        method = module.__dict__.get("_compiled_method")
-        if method is not None and isinstance(region := module.__dict__[method].__func__, Region):
+        installed = module.__dict__.get(module.__dict__.get("_compiled_method"))
+        # Something else may have wrapped it since.
+        if isinstance(region := getattr(installed, "__func__", None), Region):
             region.made.clear()
 
 
