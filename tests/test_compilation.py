@@ -252,7 +252,7 @@ def test_progress_names_the_regions_and_counts_down(traced_only):
     fast.unet._repeated_blocks = ["BasicTransformerBlock", "Downsample2D"]
     fast.vae._repeated_blocks = ["Attention"]
     shown = io.StringIO()
-    fast.set_progress_bar_config(file=shown, mininterval=0)
+    fast.set_progress_bar_config(file=shown, mininterval=0, miniters=1)
     fast.warmup(sizes=[(64, 64)])
     lines = [line for line in re.split(r"[\r\n]", shown.getvalue()) if "Compiling" in line]
     counts = [tuple(map(int, re.search(r"(\d+)/(\d+)", line).groups())) for line in lines]
