@@ -9,7 +9,7 @@ from .settings import REFERENCE
 from .table import seconds, shown_rungs, title
 
 _COLOURS = {"stock": "#8a93a3", "fastdiff": "#d1495b", "peer": "#c9ced6"}
-_LEGEND = {"stock": "stock diffusers", "fastdiff": "fastdiff", "peer": "other ways to compile the same model"}
+_LEGEND = {"stock": "stock diffusers", "fastdiff": "fastdiff", "peer": "others"}
 _SAVED = "#f0f1f4"
 
 

@@ -20,6 +20,8 @@ _TIMESTEP = 500.0
 def workload(name: str, pipe: StableDiffusionXLPipeline, settings: Settings, steps: int | None = None) -> Callable:
     """A callable that does one `step`, `vae` or `picture` and returns its result.
 
+    Called again, a step is one of the loop's later ones: the same prompt, another call of the UNet.
+
     Args:
         steps: denoising steps of a picture, in place of those of the settings.
     """
