@@ -77,12 +77,13 @@ def _ladder(path: Path) -> str:
     lines = [f"**{title(results)}**", ""]
     if path.with_suffix(".png").exists():
         lines += [f"![How each rung shortens the time](benchmarks/results/{path.stem}.png)", ""]
-    lines += ["| | time, median | stock / this | recipe / this |", "|---|---|---|---|"]
+    lines += ["| | time, median | stock / this | recipe / this | distance from stock's result |", "|---|---|---|---|---|"]
     for rung in shown_rungs(results):
         against = rung["ratios"][measure]
         same = f" (here the same as {rung['same_as']})" if "same_as" in rung else ""
         cells = [rung["label"] + same, seconds(rung["times"][measure]["median"])]
         cells += [ratio(against.get(name)) for name in (REFERENCE, RECIPE)]
+        cells.append(f"{rung['errors'][measure]:.1%}")
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
