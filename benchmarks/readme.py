@@ -77,7 +77,10 @@ def _ladder(path: Path) -> str:
     lines = [f"**{title(results)}**", ""]
     if path.with_suffix(".png").exists():
         lines += [f"![How each rung shortens the time](benchmarks/results/{path.stem}.png)", ""]
-    lines += ["| | time, median | stock / this | recipe / this | distance from stock's result |", "|---|---|---|---|---|"]
+    lines += [
+        "| | time, median | stock / this | recipe / this | distance from stock's result |",
+        "|---|---|---|---|---|",
+    ]
     for rung in shown_rungs(results):
         against = rung["ratios"][measure]
         same = f" (here the same as {rung['same_as']})" if "same_as" in rung else ""
