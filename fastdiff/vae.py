@@ -35,7 +35,7 @@ class FastAutoencoderKL(AutoencoderKL):
     Weights, state-dict keys and `save_pretrained` are those of `AutoencoderKL`.
     """
 
-    _repeated_blocks = ["ResnetBlock2D", "Attention", "Downsample2D", "Upsample2D"]
+    _repeated_blocks = ["ResnetBlock2D", "FastAttention", "Downsample2D", "Upsample2D"]
 
     @classmethod
     def from_stock(cls, vae: AutoencoderKL) -> FastAutoencoderKL:
