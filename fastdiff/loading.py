@@ -13,7 +13,6 @@ from . import checkpoints
 from .artifacts import Artifacts, artifact_key, read_artifacts, save_artifacts
 from .compilation import choose_compile
 from .config import FastConfig
-from .controlnet import fast_controlnets
 from .offload import inner_offloading
 from .plan import convert_component
 from .quantization import load_quantized, quantized_scheme_of
@@ -175,7 +174,7 @@ class FastLoadingMixin:
         # These two wrap compiled code, and would not let new regions run.
         wrapped = any(step.applied for step in steps if step.name in ("deep_cache", "cuda_graphs"))
         if self._warmed_up and not wrapped:
-            traces = record_traces(self._compiled_models(), self._compile_mode(), self._warm_up_again)
+            traces = record_traces(self._models(), self._compile_mode(), self._warm_up_again)
         save_artifacts(path, self._artifact_key(steps), traces)
 
     def _warm_up_again(self) -> None:
@@ -187,16 +186,13 @@ class FastLoadingMixin:
     def _install_artifacts(self, steps: list) -> None:
         """Once the plan says what will be compiled, and before it is."""
         if self._artifacts is not None:
-            self._artifacts.install(self._artifact_key(steps), self._compiled_models())
+            self._artifacts.install(self._artifact_key(steps), self._models())
 
     def _artifact_key(self, steps: list) -> dict:
         return artifact_key(self.unet, self.vae, self._execution_device, self._compile_mode(), steps)
 
     def _compile_mode(self) -> str:
         return choose_compile(self.fast_config.compile, self.unet, self._execution_device).mode
-
-    def _compiled_models(self) -> list:
-        return [self.unet, *fast_controlnets(getattr(self, "controlnet", None)), self.vae]
 
 
 def _choose_dtype(config: FastConfig, kwargs: dict) -> None:

@@ -113,7 +113,7 @@ class FastPipelineMixin(FastLoadingMixin):
         header = f"fastdiff on {self._execution_device} ({str(self.unet.dtype).removeprefix('torch.')})"
         held = sum(model.context_cache.nbytes for model in self._denoisers())
         kept = f"caches hold {held / 2**20:.1f} MiB"
-        for pool in graph_pools((*self._denoisers(), self.vae)):
+        for pool in graph_pools(self._models()):
             kept += f", {len(pool)} CUDA graphs {pool.nbytes / 2**20:.1f} MiB"
         return format_plan(steps, header) + f"\n  {kept} (pipe.free_caches() frees them)"
 
@@ -166,13 +166,17 @@ class FastPipelineMixin(FastLoadingMixin):
         return super().to(*args, **kwargs)
 
     def _free_graphs(self) -> None:
-        for method in graphed_methods((*self._denoisers(), self.vae)):
+        for method in graphed_methods(self._models()):
             method.clear()
 
     def _denoisers(self) -> list[FastUNet2DConditionModel | FastControlNetModel]:
         """The fast models that run in each step; none with preset "off"."""
         unet = [self.unet] if isinstance(self.unet, FastUNet2DConditionModel) else []
         return unet + fast_controlnets(getattr(self, "controlnet", None))
+
+    def _models(self) -> list[torch.nn.Module]:
+        """What gets compiled and recorded."""
+        return [*self._denoisers(), self.vae]
 
     def _apply_plan(self) -> list[PlanStep]:
         with self._calls.planning:

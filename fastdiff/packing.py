@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,8 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from .opaque import deepcopy_sharing
 
 # PyTorch's operators over packed weights are what its compiler emits for CPUs; they have no public eager name yet.
 _linear = torch.ops.mkldnn._linear_pointwise
@@ -221,12 +222,7 @@ class _Packed:
             packing.pack(self)
 
     def __deepcopy__(self, memo: dict):
-        # Packed weights are never written to, so a copy may share them; torch cannot copy them.
-        memo.update((id(p), p) for p in self._packed())
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
+        return deepcopy_sharing(self, self._packed(), memo)
 
 
 class PackedLinear(_Packed, nn.Linear):

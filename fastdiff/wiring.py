@@ -6,12 +6,12 @@ how one sees that. On SDXL's UNet a look takes about a millisecond of the host's
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from diffusers.models.attention_processor import Attention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from .opaque import leaves
 
 _FREEU = ("s1", "s2", "b1", "b2")
 
@@ -31,7 +31,7 @@ class Wiring:
         self._tables = [(table, list(table.values())) for table in tables]
         self._ids = [(table, [id(value) for value in values]) for table, values in self._tables]
         tensors = [value for _, values in self._tables for value in values if isinstance(value, torch.Tensor)]
-        self._leaves = [leaf for tensor in tensors for leaf in _leaves(tensor)]
+        self._leaves = [leaf for tensor in tensors for leaf in leaves(tensor)]
         self._addresses = [leaf.data_ptr() for leaf in self._leaves]
         self._attentions = [m for m in inner if isinstance(m, Attention)]
         self._tuners = [m for m in inner if isinstance(m, BaseTunerLayer)]
@@ -69,16 +69,7 @@ class Wiring:
 
 def addresses(tensor: torch.Tensor) -> list[int]:
     """Where the numbers of a tensor are."""
-    return [leaf.data_ptr() for leaf in _leaves(tensor)]
-
-
-def _leaves(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors that hold a tensor's numbers: itself, or for a quantized one those inside of it."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _leaves(getattr(tensor, name))
-    else:
-        yield tensor
+    return [leaf.data_ptr() for leaf in leaves(tensor)]
 
 
 def _is_own(hook) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 # Before torch is imported: small products gain nothing from threads, and pictures of this process are compared bit for
 # bit with those of processes that it starts.
@@ -13,6 +13,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from diffusers import StableDiffusionXLPipeline  # noqa: E402
 from diffusers.utils import logging as diffusers_logging  # noqa: E402
+from torch._dynamo.utils import counters  # noqa: E402
 
 import fastdiff  # noqa: E402
 from fastdiff import FastConfig, FastStableDiffusionXLPipeline  # noqa: E402
@@ -65,6 +66,15 @@ def stock() -> StableDiffusionXLPipeline:
 def exact() -> FastStableDiffusionXLPipeline:
     """A fast pipeline, preset "exact"; tests leave it as it is."""
     return load_fast("exact")
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing is compiled yet, and counted from here on."""
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
 
 
 @pytest.fixture

@@ -9,11 +9,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from torchao.quantization import quantize_
 
 import fastdiff
 from fastdiff.bench.ladder import LADDER, Rung, rungs_for, weight_bytes
@@ -25,6 +27,7 @@ from fastdiff.bench.table import ratio, seconds, table
 from fastdiff.bench.timing import Memory
 from fastdiff.bench.workloads import as_array, step_flops, workload
 from fastdiff.cli import main
+from fastdiff.quantization.layers import torchao_config
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP = Settings(
@@ -278,3 +281,11 @@ def test_gpu_script_passes_its_dry_run(tmp_path):
     assert path.with_suffix(".png").exists()
     for label in ("UNet ms/step", "waits/step", 'fastdiff "exact"', 'fastdiff "balanced" (default) (as exact)'):
         assert label in first.stdout
+
+
+def test_weights_of_a_quantized_model_are_counted():
+    model = torch.nn.Linear(1024, 1024, bias=False).bfloat16()
+    pipe = SimpleNamespace(components={"unet": model})
+    plain = weight_bytes(pipe)
+    quantize_(model, torchao_config("int8-weight-only"))
+    assert plain / 2 < weight_bytes(pipe) < 0.6 * plain

@@ -25,20 +25,14 @@ from fastdiff.controlnet import FastControlNetModel
 from fastdiff.unet import FastUNet2DConditionModel
 from fastdiff.vae import FastAutoencoderKL
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 COMPILED = FastConfig.preset("exact", compile="regional")
 
 # Sizes that are square, portrait, landscape, and such that some level of the UNet has an odd height or width. In
 # float32, on one thread of a CPU, torch has another convolution for up to 20480 numbers, and the graph has to know
 # which: these sizes are all on one side of it.
 SIZES = ((64, 64), (80, 64), (64, 80), (72, 64), (56, 88), (88, 56))
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.fixture

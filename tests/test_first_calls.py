@@ -11,16 +11,10 @@ from torch._dynamo.utils import counters
 
 from fastdiff import FastConfig
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 # A compiler that waits for itself never ends; one on a busy machine may take minutes.
 DEADLOCK_S = 600
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
 
 
 def draw_at_once(calls: list[tuple]) -> list[torch.Tensor]:

@@ -11,6 +11,7 @@ from diffusers import StableDiffusionXLPipeline
 from torch import nn
 
 from ..config import FastConfig
+from ..opaque import leaves
 from ..pipelines import FastStableDiffusionXLPipeline
 from .settings import REFERENCE, Settings
 from .stock import twin
@@ -154,9 +155,10 @@ def weight_bytes(pipe: StableDiffusionXLPipeline) -> int:
     for model in pipe.components.values():
         if isinstance(model, nn.Module):
             for parameter in model.parameters():
-                if parameter.is_mkldnn:
-                    # Packed weights show no storage; each is a copy of its own.
-                    storages[id(parameter)] = parameter.numel() * parameter.element_size()
-                else:
-                    storages[parameter.untyped_storage().data_ptr()] = parameter.untyped_storage().nbytes()
+                for leaf in leaves(parameter):
+                    if leaf.is_mkldnn:
+                        # Packed weights show no storage; each is a copy of its own.
+                        storages[id(leaf)] = leaf.nbytes
+                    else:
+                        storages[leaf.untyped_storage().data_ptr()] = leaf.untyped_storage().nbytes()
     return sum(storages.values())

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from diffusers.models.activations import GEGLU
 from torch import nn
+
+from ..opaque import deepcopy_sharing
 
 # Rows of a weight that are quantized at a time: bounds the float32 copy.
 _CHUNK = 1 << 20
@@ -143,12 +143,7 @@ class Int8Linear(nn.Linear):
         self._pack(weight, self.weight_scale)
 
     def __deepcopy__(self, memo: dict):
-        # Packed weights are never written to, so a copy may share them; torch cannot copy them.
-        memo.update((id(part), part) for part in self.packed_parts())
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
+        return deepcopy_sharing(self, self.packed_parts(), memo)
 
 
 class Int8Gate(Int8Linear):

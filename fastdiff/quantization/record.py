@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
+from ..opaque import leaves
 from .int8 import Int8Linear
 
 
@@ -45,14 +45,8 @@ class Quantized:
 
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters, scales included."""
-    total = sum(_tensor_bytes(parameter) for parameter in module.parameters())
+    total = sum(leaf.nbytes for parameter in module.parameters() for leaf in leaves(parameter))
     return total + sum(m.weight_scale.nbytes for m in module.modules() if isinstance(m, Int8Linear))
-
-
-def _tensor_bytes(tensor: torch.Tensor) -> int:
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return tensor.nbytes
-    return sum(_tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
 
 
 def _mib(count: int) -> int:

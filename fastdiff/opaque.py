@@ -1,0 +1,35 @@
+"""What packed and quantized weights have in common: they are not one plain tensor each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def leaves(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that hold a tensor's numbers: itself, or for a quantized one those inside of it."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from leaves(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+def deepcopy_sharing(module: M, shared: Iterable[torch.Tensor], memo: dict) -> M:
+    """What a module's `__deepcopy__` returns whose packed weights torch cannot copy.
+
+    Args:
+        shared: tensors that the copy has as well; they must never be written to.
+        memo: of `__deepcopy__`.
+    """
+    memo.update((id(tensor), tensor) for tensor in shared)
+    twin = type(module).__new__(type(module))
+    memo[id(module)] = twin
+    twin.__dict__.update(copy.deepcopy(module.__dict__, memo))
+    return twin
