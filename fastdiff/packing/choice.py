@@ -1,0 +1,53 @@
+"""Whether a model's weights are packed here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+# Below this many parameters a model's layers are so small that the way through Python outweighs what is saved.
+_MIN_PARAMETERS = 100_000_000
+
+
+@dataclass(frozen=True)
+class PackingChoice:
+    """Whether to pack, and why, or why not."""
+
+    enabled: bool
+    reason: str
+
+
+def choose_packing(
+    requested: str | bool, model: nn.Module, device: torch.device, *, is_compiled: bool, is_shared: bool
+) -> PackingChoice:
+    """Settle `FastConfig.pack_weights` for a UNet.
+
+    Args:
+        requested: `"auto"`, True or False.
+        model: the UNet.
+        device: where it runs.
+        is_compiled: whether the compiler lays out the weights.
+        is_shared: whether a stock model that is still in use has the same weights, which would then be held twice.
+    """
+    if requested is False:
+        return PackingChoice(False, "switched off by FastConfig.pack_weights")
+    if device.type != "cpu":
+        return PackingChoice(False, f"weights need no other layout on {device.type}")
+    if not torch.backends.mkldnn.is_available():
+        return PackingChoice(False, "this build of PyTorch has no oneDNN")
+    if model.dtype not in (torch.bfloat16, torch.float32):
+        return PackingChoice(False, f"oneDNN packs bfloat16 and float32, and weights are {model.dtype}")
+    if is_compiled:
+        return PackingChoice(False, "compiled regions take plain weights")
+    if requested is True:
+        return PackingChoice(True, "asked for by FastConfig.pack_weights")
+    parameters = sum(p.numel() for p in model.parameters())
+    if parameters < _MIN_PARAMETERS:
+        return PackingChoice(False, f"{parameters / 1e6:.0f} M parameters: too small to gain from it")
+    if is_shared:
+        return PackingChoice(False, "stock models share the weights, which would be held twice; ask with True")
+    if model.dtype == torch.bfloat16 and not torch.cpu.get_capabilities().get("amx_bf16", False):
+        return PackingChoice(False, "not measured on CPUs without AMX; ask with True")
+    return PackingChoice(True, "oneDNN's own layout, and GEGLU in the product's epilogue")
