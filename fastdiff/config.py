@@ -36,8 +36,9 @@ class FastConfig:
     Args:
         compile: `"regional"` compiles the repeated blocks, `"full"` the whole UNet and VAE decoder, `"off"` nothing;
             `"auto"` chooses by device and model size.
-        quantization: a scheme of `QUANTIZATION_SCHEMES`; `"auto"` takes the one that was measured to win on the
-            device, `"none"` leaves the weights alone. Every other scheme changes results.
+        quantization: a scheme of `QUANTIZATION_SCHEMES`; `"auto"` takes the one of the device, on CPUs where it was
+            measured to win (AMX, large models that are not compiled), `"none"` leaves the weights alone. Every scheme
+            changes results, and its first call lets go of the plain weights.
         fuse_qkv: one self-attention projection in place of three, in shared storage.
         context_cache: cross-attention keys and values computed once per prompt, not once per step.
         channels_last: NHWC memory format for convolutions.

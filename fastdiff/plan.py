@@ -200,7 +200,9 @@ class Plan:
             done[0].scheme if done else self.config.quantization,
             self.device,
             self.unet.dtype,
+            parameters=sum(parameter.numel() for parameter in self.unet.parameters()),
             is_compiled=self._is_compiled(),
+            is_shared=self._is_shared(),
             has_adapters=any(getattr(model, "peft_config", None) for model in self.denoisers),
         )
         if choice.scheme is None:
@@ -218,15 +220,18 @@ class Plan:
         return PlanStep(name, any(r.taken for r in records), "; ".join(r.describe() for r in records), lossless=False)
 
     def _pack(self) -> PlanStep:
-        is_shared = any(model.shares_weights_with() is not None for model in self.denoisers)
+        compiled, shared = self._is_compiled(), self._is_shared()
         choice = choose_packing(
-            self.config.pack_weights, self.unet, self.device, is_compiled=self._is_compiled(), is_shared=is_shared
+            self.config.pack_weights, self.unet, self.device, is_compiled=compiled, is_shared=shared
         )
         if choice.enabled and (offloading := inner_offloading(self.unet)) is not None:
             return PlanStep("pack_weights", False, f"{offloading} moves weights")
         packed = sum(apply_packing(model, choice.enabled) for model in self.denoisers)
         reason = f"{packed} layers: {choice.reason}" if choice.enabled else choice.reason
         return PlanStep("pack_weights", choice.enabled, reason)
+
+    def _is_shared(self) -> bool:
+        return any(model.shares_weights_with() is not None for model in self.denoisers)
 
     def _is_compiled(self) -> bool:
         # Or not by us, but by the user's call of `unet.compile()`.

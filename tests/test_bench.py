@@ -279,7 +279,8 @@ def test_gpu_script_passes_its_dry_run(tmp_path):
     assert results["step_flops"] > 0 and results["matmul_tflops"] > 0
     assert [set(rung["times"]) for rung in results["rungs"].values()] == [{"picture", "step", "vae"}] * 4
     assert path.with_suffix(".png").exists()
-    for label in ("UNet ms/step", "waits/step", 'fastdiff "exact"', 'fastdiff "balanced" (default) (as exact)'):
+    balanced = 'fastdiff "balanced" (default): + quantization where it wins (as exact)'
+    for label in ("UNet ms/step", "waits/step", 'fastdiff "exact"', balanced):
         assert label in first.stdout
 
 

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fastdiff import FastConfig, FastStableDiffusionXLPipeline, FastUNet2DConditionModel
+from fastdiff.packing import PackedLinear, count_packed
 from fastdiff.quantization import apply_quantization, choose_quantization, plain_layers
 from fastdiff.quantization.checkpoint import FILE
 from fastdiff.quantization.int8 import Int8Gate, Int8GEGLU, Int8Linear
@@ -27,23 +28,70 @@ from fastdiff.quantization.int8 import Int8Gate, Int8GEGLU, Int8Linear
 CPU = torch.device("cpu")
 CAPABILITIES = torch.cpu.get_capabilities()
 HAS_AMX = CAPABILITIES.get("amx_int8", False)
+needs_amx = pytest.mark.skipif(
+    not HAS_AMX or torch.cuda.is_available(), reason="the default on CPUs with AMX, without a GPU"
+)
 needs_int8 = pytest.mark.skipif(
     not (HAS_AMX or CAPABILITIES.get("avx512_vnni") or CAPABILITIES.get("avx_vnni")), reason="needs AMX or VNNI"
 )
 SCHEMES = [pytest.param("int8-dynamic", marks=needs_int8), "int8-weight-only"]
 
 
-def test_on_cpu_nothing_is_quantized_by_default_and_the_plan_says_why():
-    choice = choose_quantization("auto", CPU, torch.bfloat16)
-    assert choice.scheme is None and "bfloat16" in choice.reason
-    step = next(step for step in load_fast("balanced").plan if step.name == "quantize")
-    assert not step.applied and not step.lossless and step.reason == choice.reason
+def choose(requested: str = "auto", device: torch.device = CPU, dtype: torch.dtype = torch.bfloat16, **changes):
+    """The choice for a full-size model."""
+    return choose_quantization(requested, device, dtype, **{"parameters": 2_600_000_000, **changes})
+
+
+def test_a_large_model_is_quantized_by_default_where_the_cpu_has_int8_units():
+    choice = choose()
+    if HAS_AMX and not torch.cuda.is_available():
+        assert choice.scheme == "int8-dynamic" and "AMX" in choice.reason
+    else:
+        assert choice.scheme is None
+
+
+@needs_amx
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": torch.float32}, "float32"),
+        ({"dtype": torch.float16}, "float16"),
+        ({"parameters": 99_000_000}, "99 M parameters"),
+        ({"is_compiled": True}, "compiled"),
+        ({"is_shared": True}, "held twice"),
+        ({"has_adapters": True}, "unload_lora_weights"),
+        ({"device": torch.device("mps")}, "faster than bfloat16 on mps"),
+    ],
+)
+def test_what_it_does_not_go_with_leaves_it_off_and_says_why(changes, reason):
+    choice = choose(**changes)
+    assert choice.scheme is None and reason in choice.reason
+
+
+def test_cpus_without_amx_and_machines_with_a_gpu_are_left_alone(monkeypatch):
+    """No CPU lacks what it has: here, and only here, the probes are told what to answer."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with_gpu = choose()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True, "amx_bf16": True})
+    choice = choose()
+    assert choice.scheme is with_gpu.scheme is None and "without AMX" in choice.reason
+    assert not HAS_AMX or "GPU" in with_gpu.reason
+    assert choose("int8-dynamic").scheme == "int8-dynamic", "asked for"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    with pytest.raises(ValueError, match="AMX or VNNI"):
+        choose("int8-dynamic")
+
+
+def quantize_step(pipe):
+    return next(step for step in pipe.plan if step.name == "quantize")
 
 
 def test_small_models_are_left_alone_and_the_plan_says_why():
-    asked = load_fast(FastConfig.preset("balanced", quantization="int8-weight-only"))
-    step = next(step for step in asked.plan if step.name == "quantize")
-    assert not step.applied and "0 linear layers" in step.reason and "too small to gain" in step.reason
+    default = quantize_step(load_fast("balanced").to(torch.bfloat16))
+    assert not default.applied and not default.lossless
+    assert "too small to gain" in default.reason or not HAS_AMX or torch.cuda.is_available()
+    asked = quantize_step(load_fast(FastConfig.preset("balanced", quantization="int8-weight-only")))
+    assert not asked.applied and "0 linear layers" in asked.reason and "too small to gain" in asked.reason
 
 
 @pytest.mark.parametrize("scheme", ["fp8-dynamic", "fp8-weight-only"])
@@ -55,12 +103,12 @@ def test_a_scheme_that_the_device_cannot_run_is_refused_before_the_loop(scheme):
 
 def test_what_a_scheme_does_not_go_with_is_refused():
     with pytest.raises(ValueError, match="bfloat16 or float32"):
-        choose_quantization("int8-weight-only", CPU, torch.float16)
+        choose("int8-weight-only", dtype=torch.float16)
     with pytest.raises(ValueError, match="unload_lora_weights"):
-        choose_quantization("int8-weight-only", CPU, torch.bfloat16, has_adapters=True)
+        choose("int8-weight-only", has_adapters=True)
     if HAS_AMX:
         with pytest.raises(ValueError, match="compile='auto' or 'off'"):
-            choose_quantization("int8-dynamic", CPU, torch.bfloat16, is_compiled=True)
+            choose("int8-dynamic", is_compiled=True)
 
 
 def make_wide_unet(dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
@@ -95,6 +143,13 @@ def make_pipe(scheme: str = "none", dtype: torch.dtype = torch.bfloat16, **field
     pipe = FastStableDiffusionXLPipeline.from_pipe(pipe, unet=make_wide_unet(dtype), fast=fast)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def plain_twin() -> StableDiffusionXLPipeline:
+    """A stock pipeline with the weights of `make_pipe`, to write LoRAs for."""
+    twin = load_stock().to(torch.bfloat16)
+    twin.unet = make_wide_unet(torch.bfloat16)
+    return twin
 
 
 def unet_inputs(dtype: torch.dtype = torch.float32) -> dict:
@@ -302,9 +357,7 @@ def test_a_stock_pipeline_over_the_same_weights_is_not_quantized(scheme):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_lora_goes_in_before_quantization_and_is_refused_after(scheme, tmp_path):
-    twin = load_stock().to(torch.bfloat16)
-    twin.unet = make_wide_unet(torch.bfloat16)
-    lora = write_lora(twin, tmp_path, seed=5)
+    lora = write_lora(plain_twin(), tmp_path, seed=5)
     pipe = make_pipe(scheme)
     pipe.load_lora_weights(lora)
     with pytest.raises(ValueError, match="fuse_lora"):
@@ -319,6 +372,52 @@ def test_a_lora_goes_in_before_quantization_and_is_refused_after(scheme, tmp_pat
     assert torch.equal(draw(pipe), with_lora), "nothing was changed"
     pipe.unload_lora_weights()
     assert torch.equal(draw(pipe), with_lora)
+
+
+def stock_of_full_size() -> StableDiffusionXLPipeline:
+    """A stock pipeline whose UNet has as many parameters as the default asks for; most of them do nothing."""
+    stock = load_stock().to(torch.bfloat16)
+    stock.unet = make_wide_unet(torch.bfloat16)
+    ballast = torch.empty(100_000_000, dtype=torch.int8)
+    stock.unet.mid_block.register_parameter("ballast", torch.nn.Parameter(ballast, requires_grad=False))
+    return stock
+
+
+@needs_amx
+def test_by_default_layers_are_quantized_once_no_stock_pipeline_shares_them(tmp_path):
+    stock = stock_of_full_size()
+    reference = draw(stock).float()
+    pipe = FastStableDiffusionXLPipeline.from_pipe(stock)
+    exact = FastStableDiffusionXLPipeline.from_pipe(pipe, fast="exact")
+    for each in (pipe, exact):
+        each.set_progress_bar_config(disable=True)
+    near = draw(pipe).float()
+    assert not quantize_step(pipe).applied and "held twice" in quantize_step(pipe).reason
+    del stock
+    assert "FastConfig.quantization" in quantize_step(exact).reason
+    assert count_packed(pipe.unet), "by the other pipeline's plan"
+    moved = draw(pipe).float()
+    steps = {step.name: step for step in pipe.plan}
+    assert steps["quantize"].applied and "8 linear layers" in steps["quantize"].reason
+    assert "AMX" in steps["quantize"].reason and steps["pack_weights"].applied
+    assert not any(isinstance(m, Int8Linear) and isinstance(m, PackedLinear) for m in pipe.unet.modules())
+    assert 0 < (moved - near).norm() / reference.norm() < 0.05
+    assert torch.equal(draw(pipe).float(), moved), "the plan is applied once"
+    with pytest.raises(ValueError, match=r"LoRA cannot be loaded.*quantization='none'"):
+        pipe.load_lora_weights(write_lora(plain_twin(), tmp_path, seed=5))
+    with pytest.raises(ValueError, match="already quantized with 'int8-dynamic'"):
+        draw(exact)
+
+
+@needs_amx
+def test_by_default_an_adapter_or_a_compiler_keeps_the_layers_plain(tmp_path):
+    pipe = FastStableDiffusionXLPipeline.from_pipe(stock_of_full_size())
+    pipe.load_lora_weights(write_lora(plain_twin(), tmp_path, seed=5))
+    assert "adapter" in quantize_step(pipe).reason and count_packed(pipe.unet)
+    pipe.unload_lora_weights()
+    pipe.unet.compile()
+    assert "compiled" in quantize_step(pipe).reason
+    assert not any(isinstance(module, Int8Linear) for module in pipe.unet.modules())
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -123,7 +123,7 @@ LADDER: tuple[Rung, ...] = (
     Rung("channels-last", "+ channels_last", _stock(channels_last=True)),
     Rung("recipe", "+ torch.compile, fused QKV (the guide)", _recipe),
     Rung("exact", 'fastdiff "exact"', _preset("exact"), "fastdiff"),
-    Rung("balanced", 'fastdiff "balanced" (default)', _preset("balanced"), "fastdiff"),
+    Rung("balanced", 'fastdiff "balanced" (default): + quantization where it wins', _preset("balanced"), "fastdiff"),
     Rung("max", 'fastdiff "max"', _preset("max"), "fastdiff"),
     Rung("compile-repeated-blocks", "compile_repeated_blocks (diffusers)", _compile_repeated_blocks, "peer"),
     Rung("compile-regions", "compile_regions by block (accelerate)", _compile_regions, "peer", _no_compile_regions),

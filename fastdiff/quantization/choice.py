@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+# Below this many parameters a model's layers are so small that quantizing their input outweighs what is saved.
+_MIN_PARAMETERS = 100_000_000
+
 
 @dataclass(frozen=True)
 class QuantizationChoice:
@@ -21,7 +24,9 @@ def choose_quantization(
     device: torch.device,
     dtype: torch.dtype,
     *,
+    parameters: int,
     is_compiled: bool = False,
+    is_shared: bool = False,
     has_adapters: bool = False,
 ) -> QuantizationChoice:
     """Settle `FastConfig.quantization` for a device.
@@ -30,7 +35,9 @@ def choose_quantization(
         requested: a scheme, `"auto"` or `"none"`.
         device: where the UNet is.
         dtype: dtype of its weights.
+        parameters: how many it has; on CPUs small models lose by it.
         is_compiled: whether its regions get compiled.
+        is_shared: whether a stock model that is still in use has the same weights, which would then be held twice.
         has_adapters: whether adapters are loaded, fused or not.
 
     Raises:
@@ -39,6 +46,8 @@ def choose_quantization(
     if requested == "none":
         return QuantizationChoice(None, "switched off by FastConfig.quantization")
     if requested == "auto":
+        if device.type == "cpu":
+            return _choose_on_cpu(dtype, parameters, is_compiled, is_shared, has_adapters)
         return _choose(device, dtype, has_adapters)
     capability = _capability(device)
     if requested.startswith("fp8") and (capability is None or capability < (8, 9)):
@@ -60,7 +69,7 @@ def choose_quantization(
         if is_compiled:
             raise ValueError(
                 "quantization='int8-dynamic' on CPU computes in oneDNN, whose packed weights the compiler does not "
-                "take; use compile='auto' or 'off' with it, or quantization='none'."
+                "take; use compile='auto' or 'off' with it and no unet.compile(), or quantization='none'."
             )
     if has_adapters:
         raise ValueError(
@@ -105,24 +114,43 @@ def check_scheme(model: nn.Module, requested: str) -> None:
 def _choose(device: torch.device, dtype: torch.dtype, has_adapters: bool) -> QuantizationChoice:
     capability = _capability(device)
     if capability is None:
-        why = f"no scheme was measured to be faster than bfloat16 on {device.type}"
-        if device.type == "cpu" and _int8_units() == "AMX":
-            # A whole step at 256 and at 512 pixels, against packed bfloat16 in turn on two cores.
-            why = (
-                "int8-dynamic was 1.04 to 1.11 times as fast as packed bfloat16: little for a lossy step, and it takes "
-                "30 % off the weights; ask for it by name"
-            )
-        return QuantizationChoice(None, why)
-    if dtype != torch.bfloat16:
-        return QuantizationChoice(None, f"weights are {dtype}; quantization needs bfloat16")
-    if has_adapters:
-        why = "an adapter is loaded; after fuse_lora() and unload_lora_weights() layers are quantized"
+        return QuantizationChoice(None, f"no scheme was measured to be faster than bfloat16 on {device.type}")
+    if (why := _why_not(dtype, has_adapters)) is not None:
         return QuantizationChoice(None, why)
     if capability >= (8, 9):
         return QuantizationChoice("fp8-dynamic", f"float8 matrix units (capability {_dotted(capability)})")
     if capability >= (8, 0):
         return QuantizationChoice("int8-dynamic", f"int8 matrix units (capability {_dotted(capability)})")
     return QuantizationChoice(None, f"capability {_dotted(capability)} has no int8 or float8 matrix units")
+
+
+def _choose_on_cpu(
+    dtype: torch.dtype, parameters: int, is_compiled: bool, is_shared: bool, has_adapters: bool
+) -> QuantizationChoice:
+    units, why = _int8_units(), _why_not(dtype, has_adapters)
+    if units != "AMX":
+        # With VNNI alone it runs when asked for.
+        why = "no scheme was measured to be faster than bfloat16 on CPUs without AMX's int8 units"
+    elif torch.cuda.is_available():
+        # Layers that are quantized for a CPU cannot be moved, and `explain()` may come before `.to("cuda")`.
+        why = "here is a GPU to move to, where the scheme is another; ask for int8-dynamic by name to stay on the CPU"
+    elif is_compiled:
+        why = "oneDNN's int8 products do not go into compiled regions"
+    elif parameters < _MIN_PARAMETERS:
+        why = f"{parameters / 1e6:.0f} M parameters: too small to gain from it"
+    elif is_shared:
+        why = "stock models share the weights, which would be held twice; ask for int8-dynamic by name"
+    if why is not None:
+        return QuantizationChoice(None, why)
+    return QuantizationChoice("int8-dynamic", "AMX int8 units")
+
+
+def _why_not(dtype: torch.dtype, has_adapters: bool) -> str | None:
+    if dtype != torch.bfloat16:
+        return f"weights are {dtype}; quantization needs bfloat16"
+    if has_adapters:
+        return "an adapter is loaded; after fuse_lora() and unload_lora_weights() layers are quantized"
+    return None
 
 
 def _capability(device: torch.device) -> tuple[int, int] | None:
