@@ -15,6 +15,7 @@ import torch
 from conftest import draw, load_fast, load_stock
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention import FeedForward
 from loras import write_lora
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,7 @@ from fastdiff import FastConfig, FastStableDiffusionXLPipeline, FastUNet2DCondit
 from fastdiff.packing import PackedLinear, count_packed
 from fastdiff.quantization import apply_quantization, choose_quantization, plain_layers
 from fastdiff.quantization.checkpoint import FILE
-from fastdiff.quantization.int8 import Int8Gate, Int8GEGLU, Int8Linear
+from fastdiff.quantization.int8 import Int8FeedForward, Int8Gate, Int8GEGLU, Int8Linear, convert_feed_forward
 
 CPU = torch.device("cpu")
 CAPABILITIES = torch.cpu.get_capabilities()
@@ -187,6 +188,10 @@ def test_layers_are_chosen_by_role_and_by_the_size_that_gains(scheme, roles):
     assert left["once a prompt"] == 8 and left["outside of transformer blocks"] > 6
 
 
+def count_kind(unet, kind) -> int:
+    return sum(isinstance(module, kind) for module in unet.modules())
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_weights_shrink_by_half_and_the_result_moves_little(scheme):
     unet = make_fast_unet(torch.bfloat16)
@@ -197,6 +202,7 @@ def test_weights_shrink_by_half_and_the_result_moves_little(scheme):
     assert 0.49 < done.bytes_after / done.bytes_before <= 0.52
     assert done.model_before - done.model_after == done.bytes_before - done.bytes_after
     assert 0 < relative_error(unet, reference) < 0.02
+    assert count_kind(unet, Int8FeedForward) == (4 if scheme == "int8-dynamic" else 0)
     assert plain_layers(unet, scheme)[0] == {}, "nothing is quantized twice"
 
 
@@ -226,6 +232,43 @@ def test_an_int8_geglu_equals_the_stock_one_over_the_same_layer():
     expected = stock(x)
     stock.__class__ = Int8GEGLU
     torch.testing.assert_close(stock(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@needs_int8
+@pytest.mark.parametrize("shape", [(1100, 2001), (2001, 1100)])
+@torch.no_grad()
+def test_inputs_of_many_blocks_are_quantized_like_small_ones(shape):
+    """Beyond a few blocks the input is quantized block by block; its scale is still one."""
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(shape[1], 8).bfloat16(), torch.randn(shape).bfloat16()
+    x[-1, -1] = 9
+    Int8Linear.quantize(layer)
+    # The largest number is in each piece, which therefore gets the scale of the whole.
+    pieces = [torch.cat([piece, x[-1:]]) for piece in x.split(300)]
+    expected = torch.cat([layer(piece)[:-1] for piece in pieces])
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(layer(x.t().contiguous().t()), expected)
+
+
+@needs_int8
+@torch.no_grad()
+def test_a_feed_forward_layer_takes_many_rows_in_parts():
+    torch.manual_seed(0)
+    feed = FeedForward(64, activation_fn="geglu").bfloat16()
+    Int8Gate.quantize(feed.net[0].proj)
+    feed.net[0].__class__ = Int8GEGLU
+    convert_feed_forward(feed)
+    assert type(feed) is FeedForward, "its second product is plain"
+    Int8Linear.quantize(feed.net[2])
+    convert_feed_forward(feed)
+    assert type(feed) is Int8FeedForward
+    x, widths = torch.randn(3, 700, 64).bfloat16(), []
+    x[2] *= 5
+    feed.net[0].register_forward_hook(lambda module, args, output: widths.append(len(args[0])))
+    got = feed(x)
+    assert widths == [700, 700, 700], "parts of equal size, none above the limit"
+    assert torch.equal(got, torch.stack([FeedForward.forward(feed, rows) for rows in x]))
+    assert torch.equal(feed(x[:, :20]), FeedForward.forward(feed, x[:, :20])), "few rows: one scale"
 
 
 @needs_int8
@@ -296,6 +339,7 @@ def test_a_saved_pipeline_draws_the_same_picture_in_a_new_process(scheme, tmp_pa
     # What was loaded can be saved again, and says what it is.
     again = FastStableDiffusionXLPipeline.from_pretrained(tmp_path / "pipe", dtype=torch.bfloat16)
     assert again.unet.quantized == pipe.unet.quantized and scheme in again.explain()
+    assert count_kind(again.unet, Int8FeedForward) == count_kind(pipe.unet, Int8FeedForward)
     again.save_pretrained(tmp_path / "again")
     first, second = (load_file(tmp_path / name / "unet" / FILE) for name in ("pipe", "again"))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
@@ -400,7 +444,7 @@ def test_by_default_layers_are_quantized_once_no_stock_pipeline_shares_them(tmp_
     steps = {step.name: step for step in pipe.plan}
     assert steps["quantize"].applied and "8 linear layers" in steps["quantize"].reason
     assert "AMX" in steps["quantize"].reason and steps["pack_weights"].applied
-    assert not any(isinstance(m, Int8Linear) and isinstance(m, PackedLinear) for m in pipe.unet.modules())
+    assert count_kind(pipe.unet, Int8Linear) == 8 and count_kind(pipe.unet, PackedLinear) > 8
     assert 0 < (moved - near).norm() / reference.norm() < 0.05
     assert torch.equal(draw(pipe).float(), moved), "the plan is applied once"
     with pytest.raises(ValueError, match=r"LoRA cannot be loaded.*quantization='none'"):
@@ -417,7 +461,7 @@ def test_by_default_an_adapter_or_a_compiler_keeps_the_layers_plain(tmp_path):
     pipe.unload_lora_weights()
     pipe.unet.compile()
     assert "compiled" in quantize_step(pipe).reason
-    assert not any(isinstance(module, Int8Linear) for module in pipe.unet.modules())
+    assert count_kind(pipe.unet, Int8Linear) == 0
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -22,7 +22,7 @@ from torch import nn
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict, unflatten_tensor_state_dict
 
 from .choice import check_int8_units
-from .int8 import Int8Gate, Int8GEGLU, Int8Linear
+from .int8 import Int8Gate, Int8GEGLU, Int8Linear, convert_feed_forward
 from .record import Quantized
 
 FILE = "fastdiff_quantized.safetensors"
@@ -126,6 +126,7 @@ def _fill(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
                 module._parameters[key] = nn.Parameter(value, requires_grad=False)
     if tensors:
         raise ValueError(f"unknown tensors, such as {next(iter(tensors))!r}")
+    convert_feed_forward(model)
 
 
 def _check_shape(name: str, value: torch.Tensor, expected: torch.Tensor) -> None:

@@ -27,7 +27,7 @@ from torchao.quantization import (
 )
 
 from .checkpoint import save_quantized
-from .int8 import Int8Gate, Int8GEGLU, Int8Linear
+from .int8 import Int8Gate, Int8GEGLU, Int8Linear, convert_feed_forward
 from .record import Quantized, weight_bytes
 
 # torchao: layers below this many weights cost more to quantize at run time than their smaller product saves.
@@ -60,6 +60,7 @@ def apply_quantization(
             if gate is not None:
                 gate.__class__ = Int8GEGLU
             (Int8Linear if gate is None else Int8Gate).quantize(layer)
+        convert_feed_forward(model)
     else:
         quantize_(model, torchao_config(scheme), filter_fn=lambda _, name: name in layers)
     after = sum(weight_bytes(layer) for layer in layers.values())
