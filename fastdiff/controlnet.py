@@ -10,10 +10,11 @@ from diffusers import ControlNetModel
 from diffusers.models.controlnets.controlnet import ControlNetOutput
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
-from .attention import FusedQKVAttnProcessor, apply_fusion, convert_attention
+from .attention import FusedQKVAttnProcessor, convert_attention
 from .context import attach_context_cache
 from .conversion import share_weights
 from .identity import stands_in_for
+from .projections import FusedProjectionsMixin
 
 _MAX_SHAPES, _MAX_TIMESTEPS = 16, 4096
 
@@ -26,7 +27,7 @@ class ControlNetResiduals(NamedTuple):
 
 
 @stands_in_for(ControlNetModel)
-class FastControlNetModel(ControlNetModel):
+class FastControlNetModel(FusedProjectionsMixin, ControlNetModel):
     """A ControlNet for SDXL, equal to the stock one within rounding. Made with `from_stock`.
 
     Three things leave the step: keys and values of the prompt (a context cache of its own), the copy of the timestep
@@ -50,7 +51,6 @@ class FastControlNetModel(ControlNetModel):
         convert_attention(fast, FusedQKVAttnProcessor())
         fast.context_cache = attach_context_cache(fast)
         fast._timesteps, fast._silent_shapes = {}, OrderedDict()
-        fast._fuse_wanted = False
         return fast
 
     @classmethod
@@ -119,22 +119,6 @@ class FastControlNetModel(ControlNetModel):
         rows = timesteps.to(device).split(1)
         self._timesteps.update({(step, device): row for step, row in zip(steps, rows, strict=True)})
 
-    def fuse_qkv_projections(self) -> None:
-        """Fuse every self-attention into one projection, without a second copy of the weights."""
-        self._fuse_wanted = True
-        apply_fusion(self, True)
-
-    def unfuse_qkv_projections(self) -> None:
-        """Go back to separate projections."""
-        self._fuse_wanted = False
-        apply_fusion(self, False)
-
-    def set_attn_processor(self, processor) -> None:
-        """As upstream; layers that get back fastdiff's processor are fused again."""
-        super().set_attn_processor(processor)
-        apply_fusion(self, self._fuse_wanted)
-        self.context_cache.clear()
-
     def free_caches(self) -> None:
         """Free the cached keys and values and the timesteps; they are made again when needed."""
         self.context_cache.clear()
@@ -157,6 +141,10 @@ class FastControlNetModel(ControlNetModel):
             for shape, stride, dtype in self._silent_shapes[kind]
         ]
         return zeros[:-1], zeros[-1]
+
+    def _after_layer_change(self) -> None:
+        super()._after_layer_change()
+        self.context_cache.clear()
 
     def _apply(self, fn, recurse: bool = True):
         self.context_cache.clear()

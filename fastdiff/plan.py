@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from diffusers import AutoencoderKL
 
 from .attention import FastAttention, apply_fusion
 from .compilation import apply_compilation, choose_compile, expect_new_graphs, undo_compilation
@@ -73,7 +74,7 @@ def convert_component(name: str, component, config: FastConfig):
         return component
     if name == "unet":
         return FastUNet2DConditionModel.from_stock(component)
-    if name == "vae" and type(component) in (FastAutoencoderKL, *FastAutoencoderKL.__bases__):
+    if name == "vae" and type(component) in (AutoencoderKL, FastAutoencoderKL):
         return FastAutoencoderKL.from_stock(component)
     if name == "controlnet":
         return convert_controlnet(component)

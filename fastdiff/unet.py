@@ -16,6 +16,7 @@ from .attention import FastAttention, FusedQKVAttnProcessor, apply_fusion, conve
 from .context import attach_context_cache
 from .conversion import share_weights
 from .identity import stands_in_for
+from .projections import FusedProjectionsMixin
 
 _MAX_TIME_ROWS = 4096
 
@@ -27,7 +28,7 @@ class UNetSample(NamedTuple):
 
 
 @stands_in_for(UNet2DConditionModel)
-class FastUNet2DConditionModel(UNet2DConditionModel):
+class FastUNet2DConditionModel(FusedProjectionsMixin, UNet2DConditionModel):
     """SDXL's UNet, equal to the stock one within rounding.
 
     Made with `from_stock`. `forward` resolves on the host what the graph needs not see: the row of the sinusoidal
@@ -58,7 +59,6 @@ class FastUNet2DConditionModel(UNet2DConditionModel):
         fast.context_cache = attach_context_cache(fast)
         fast._time_rows = OrderedDict()
         fast._self_attentions = [m for m in fast.modules() if isinstance(m, FastAttention) and not m.is_cross_attention]
-        fast._fuse_wanted = False
         fast.revision = 0
         return fast
 
@@ -120,16 +120,6 @@ class FastUNet2DConditionModel(UNet2DConditionModel):
         while len(self._time_rows) > max(_MAX_TIME_ROWS, len(steps)):
             self._time_rows.popitem(last=False)
 
-    def fuse_qkv_projections(self) -> None:
-        """Fuse every self-attention into one projection, without a second copy of the weights."""
-        self._fuse_wanted = True
-        apply_fusion(self, True)
-
-    def unfuse_qkv_projections(self) -> None:
-        """Go back to separate projections."""
-        self._fuse_wanted = False
-        apply_fusion(self, False)
-
     def set_attn_processor(self, processor) -> None:
         """As upstream; layers that get back fastdiff's processor are fused again.
 
@@ -138,7 +128,6 @@ class FastUNet2DConditionModel(UNet2DConditionModel):
         """
         self._refuse_if_quantized("Attention processors cannot be changed")
         super().set_attn_processor(processor)
-        self._after_layer_change()
 
     def set_default_attn_processor(self) -> None:
         """As upstream: plain attention everywhere."""
@@ -206,7 +195,7 @@ class FastUNet2DConditionModel(UNet2DConditionModel):
             self._after_layer_change()
 
     def _after_layer_change(self) -> None:
-        apply_fusion(self, self._fuse_wanted)
+        super()._after_layer_change()
         self.context_cache.clear()
         self.revision += 1
 

@@ -9,10 +9,11 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
-from .attention import FusedQKVAttnProcessor, apply_fusion, convert_attention
+from .attention import FusedQKVAttnProcessor, convert_attention
 from .conversion import share_weights
 from .finite import note_finite
 from .identity import stands_in_for
+from .projections import FusedProjectionsMixin
 
 
 class EncodedImage(NamedTuple):
@@ -28,7 +29,7 @@ class DecodedImage(NamedTuple):
 
 
 @stands_in_for(AutoencoderKL)
-class FastAutoencoderKL(AutoencoderKL):
+class FastAutoencoderKL(FusedProjectionsMixin, AutoencoderKL):
     """SDXL's VAE, equal to the stock one within rounding. Made with `from_stock`.
 
     `encode`, `decode` and `forward` return tuples by default; `return_dict=True` gives the stock output objects.
@@ -48,7 +49,6 @@ class FastAutoencoderKL(AutoencoderKL):
             return vae
         fast = share_weights(vae, AutoencoderKL, cls)
         convert_attention(fast, FusedQKVAttnProcessor())
-        fast._fuse_wanted = False
         return fast
 
     def encode(self, x: torch.Tensor, return_dict: bool = False) -> EncodedImage | AutoencoderKLOutput:
@@ -74,18 +74,3 @@ class FastAutoencoderKL(AutoencoderKL):
         """Encode and decode images."""
         output = super().forward(sample, sample_posterior, return_dict=True, generator=generator)
         return output if return_dict else DecodedImage(output.sample)
-
-    def fuse_qkv_projections(self) -> None:
-        """Fuse the self-attention into one projection, without a second copy of the weights."""
-        self._fuse_wanted = True
-        apply_fusion(self, True)
-
-    def unfuse_qkv_projections(self) -> None:
-        """Go back to separate projections."""
-        self._fuse_wanted = False
-        apply_fusion(self, False)
-
-    def set_attn_processor(self, processor) -> None:
-        """As upstream; layers that get back fastdiff's processor are fused again."""
-        super().set_attn_processor(processor)
-        apply_fusion(self, self._fuse_wanted)
