@@ -7,10 +7,12 @@ import copy
 import pytest
 import torch
 from conftest import draw, load_fast, load_stock, storage_bytes
+from diffusers import ControlNetModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from loras import write_lora
 
 from fastdiff import FastAutoencoderKL, FastUNet2DConditionModel, FusedQKVAttnProcessor
+from fastdiff.controlnet import FastControlNetModel
 
 
 @pytest.fixture
@@ -55,6 +57,38 @@ def test_state_dict_is_stock_in_both_directions(stock, name):
         twin.load_state_dict(model.state_dict())
         assert all(torch.equal(value, changed[key]) for key, value in twin.state_dict().items())
         model.load_state_dict(expected)
+
+
+@pytest.mark.parametrize("name", ["unet", "vae", "controlnet"])
+def test_what_is_wanted_outlives_another_processor(stock, name):
+    if name == "controlnet":
+        model = FastControlNetModel.from_stock(ControlNetModel.from_unet(stock.unet))
+    else:
+        kind = FastUNet2DConditionModel if name == "unet" else FastAutoencoderKL
+        model = kind.from_stock(copy.deepcopy(getattr(stock, name)))
+    layers, ours = self_attentions(model), FusedQKVAttnProcessor()
+    model.set_attn_processor(ours)
+    assert not any(a.is_fused for a in layers), "nobody asked for it yet"
+    model.fuse_qkv_projections()
+    assert layers and all(a.is_fused for a in layers)
+    model.set_attn_processor(AttnProcessor2_0())
+    assert not any(a.is_fused for a in layers)
+    model.set_attn_processor(ours)
+    assert all(a.is_fused for a in layers)
+    model.unfuse_qkv_projections()
+    model.set_attn_processor(ours)
+    assert not any(a.is_fused for a in layers)
+
+
+@pytest.mark.parametrize("kind", [FastUNet2DConditionModel, FastControlNetModel])
+def test_another_processor_gets_no_keys_of_the_former(stock, kind):
+    is_unet = kind is FastUNet2DConditionModel
+    model = kind.from_stock(copy.deepcopy(stock.unet) if is_unet else ControlNetModel.from_unet(stock.unet))
+    with torch.no_grad():
+        model.context_cache.project(torch.randn(1, 77, stock.unet.config.cross_attention_dim))
+    held = model.context_cache.nbytes
+    model.set_attn_processor(AttnProcessor2_0())
+    assert held > model.context_cache.nbytes == 0
 
 
 def test_a_missing_part_is_reported_as_missing(stock, unet):
