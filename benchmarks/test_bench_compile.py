@@ -1,6 +1,7 @@
 """Seconds that compiling one classifier-free-guidance step of the UNet takes: regions beside the whole graph.
 
-At full size, on an otherwise idle machine; caches of earlier compilations are not used:
+At full size, on an otherwise idle machine; caches of earlier compilations are not used, and what the first graph of a
+process pays is not counted:
 
     pytest benchmarks/test_bench_compile.py --model sdxl-random --size 256 --benchmark-json=results.json
 """
@@ -32,6 +33,14 @@ def plain_pipe(model: str, device: str, dtype: str) -> FastStableDiffusionXLPipe
     pipe = FastStableDiffusionXLPipeline.from_pipe(load_stock(settings), fast=config)
     assert pipe.plan, "applies the plan"
     return pipe
+
+
+@pytest.fixture(scope="module", autouse=True)
+def toolchain(device: str) -> None:
+    """What only the first graph of a process pays for, whatever it is: the compiler's own start, and its headers."""
+    layers = torch.nn.Sequential(torch.nn.Conv2d(32, 32, 3), torch.nn.GroupNorm(4, 32), torch.nn.SiLU()).to(device)
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        torch.compile(layers)(torch.zeros(2, 32, 8, 8, device=device))
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .channels import OpenChannels, open_kind, open_options, shares_graphs
 from .regions import Region, Root, SharedRegion
 
 # Below this many parameters a region runs in less time than its guards and launch take to check.
@@ -66,15 +67,17 @@ def apply_compilation(model: nn.Module, mode: str, device: str | None = None) ->
 
     Args:
         mode: `"regional"`: each kind of block of `_repeated_blocks` is compiled once and serves all its instances, at
-            any size, number of samples and length of prompt. `"full"`: the UNet's `denoise`, a ControlNet's
-            `condition` and the VAE's decoder are one graph each, for the sizes of the first call.
+            any size, number of samples and length of prompt, and on CPUs of any number of channels. `"full"`: the
+            UNet's `denoise`, a ControlNet's `condition` and the VAE's decoder are one graph each, for the sizes of the
+            first call.
         device: type of the device that the model will run on; by default where it is.
 
     Returns:
         The number of compiled regions.
     """
     undo_compilation(model)
-    options = inductor_options(device or next(model.parameters()).device.type, mode)
+    device = device or next(model.parameters()).device.type
+    options = inductor_options(device, mode)
     if mode == "full":
         root, method = _roots(model)[0]
         function = _own_code(getattr(type(root), method), 0)
@@ -83,18 +86,25 @@ def apply_compilation(model: nn.Module, mode: str, device: str | None = None) ->
         _install(root, method, Root(region, [region]))
         return 1
     regions: dict[tuple, SharedRegion] = {}
-    blocks = repeated_blocks(model)
+    blocks, opened = repeated_blocks(model), OpenChannels()
     for block in blocks:
+        if hasattr(block, "output_scale_factor"):
+            # A factor of 1 is the same as one of 1.0, but not to the compiler.
+            block.output_scale_factor = float(block.output_scale_factor)
         # `forward` is compiled rather than the call: hooks (the choice of the layer's context, offloading) stay
         # outside of the graph.
-        kind = _kind(block)
+        kind = _kind(block, device)
         if kind not in regions:
             function = _own_code(type(block).forward, len(regions))
-            compiled = torch.compile(function, fullgraph=True, dynamic=True, options=options or None)
-            regions[kind] = SharedRegion(function, _label(block), compiled, _is_channels_last(block))
+            is_open = shares_graphs(block, device)
+            settings = {**options, **(open_options() if is_open else {})}
+            compiled = torch.compile(function, fullgraph=True, dynamic=True, options=settings or None)
+            label = type(block).__name__ if is_open else _label(block)
+            stage = opened if is_open else None
+            regions[kind] = SharedRegion(function, label, compiled, _is_channels_last(block), stage)
         _install(block, "forward", regions[kind])
     for root, method in _roots(model):
-        inside = [regions[kind] for kind in _kinds_inside(blocks, root)]
+        inside = [regions[kind] for kind in _kinds_inside(blocks, root, device)]
         _install(root, method, Root(getattr(type(root), method), inside))
     return len(blocks)
 
@@ -128,16 +138,18 @@ def _roots(model: nn.Module) -> list[tuple[nn.Module, str]]:
     return [(model.decoder, "forward"), (model.encoder, "forward")]
 
 
-def _kind(module: nn.Module) -> tuple:
-    """What two blocks must have in common to be served by one graph."""
-    weights = tuple((name, p.shape, p.dtype, type(p)) for name, p in module.named_parameters())
-    # A factor of 1 gives another graph than one of 1.0.
-    return type(module), repr(getattr(module, "output_scale_factor", None)), weights
+def _kind(module: nn.Module, device: str) -> tuple:
+    """What two blocks must have in common to be served by one graph on a device."""
+    if shares_graphs(module, device):
+        weights = open_kind(module)
+    else:
+        weights = tuple((name, p.shape, p.dtype, type(p)) for name, p in module.named_parameters())
+    return type(module), float(getattr(module, "output_scale_factor", 1)), weights
 
 
-def _kinds_inside(blocks: list[nn.Module], part: nn.Module) -> list[tuple]:
+def _kinds_inside(blocks: list[nn.Module], part: nn.Module, device: str) -> list[tuple]:
     inside = set(part.modules())
-    return list(dict.fromkeys(_kind(block) for block in blocks if block in inside))
+    return list(dict.fromkeys(_kind(block, device) for block in blocks if block in inside))
 
 
 def _label(block: nn.Module) -> str:
@@ -177,6 +189,11 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def region_kinds(model: nn.Module, part: nn.Module | None = None) -> int:
-    """How many kinds of repeated blocks a model has, or a part of it; each is compiled once."""
-    return len(_kinds_inside(repeated_blocks(model), part or model))
+def region_kinds(model: nn.Module, part: nn.Module | None = None, device: str | None = None) -> int:
+    """How many kinds of repeated blocks a model has, or a part of it; each is compiled once.
+
+    Args:
+        device: type of the device that the model will run on; by default where it is.
+    """
+    device = device or next(model.parameters()).device.type
+    return len(_kinds_inside(repeated_blocks(model), part or model, device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -53,11 +53,22 @@ class SharedRegion(Region):
 
     The compiler tells the two apart whatever it is told, because a dimension of 1 has no stride to speak of. All else
     that varies is made uniform before the graph is entered.
+
+    Args:
+        channels_last: whether samples are to be in that format.
+        stage: made from a module and whether its graph is missing, what it is to be entered in; nothing by default.
     """
 
-    def __init__(self, eager: Callable, label: str, compiled: Callable, channels_last: bool):
+    def __init__(
+        self,
+        eager: Callable,
+        label: str,
+        compiled: Callable,
+        channels_last: bool,
+        stage: Callable[[nn.Module, bool], AbstractContextManager] | None = None,
+    ):
         super().__init__(eager, label, compiled)
-        self._channels_last = channels_last
+        self._channels_last, self._stage = channels_last, stage
 
     def __call__(self, module: nn.Module, *args, **kwargs):
         if kwargs.get("cross_attention_kwargs") == {}:
@@ -69,12 +80,18 @@ class SharedRegion(Region):
         if progress is not None and progress.thorough and self not in progress.visited:
             progress.visited.add(self)
             for samples in (1, 2):
-                super().__call__(module, *_resized(args, samples), **_resized(kwargs, samples))
+                self._enter(module, *_resized(args, samples), **_resized(kwargs, samples))
         if isinstance(args[-1], torch.Size):
             # An Upsample2D that is told its result's size, because that is odd. The ratio of the sizes would become
             # part of the graph; all that compiling could save here is a call, as a convolution is one either way.
             return self.eager(module, *args, **kwargs)
-        return super().__call__(module, *args, **kwargs)
+        return self._enter(module, *args, **kwargs)
+
+    def _enter(self, module: nn.Module, *args, **kwargs):
+        if self._stage is None:
+            return super().__call__(module, *args, **kwargs)
+        with self._stage(module, self.graph_of(args[0]) not in self.made):
+            return super().__call__(module, *args, **kwargs)
 
     def _uniform(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
