@@ -53,8 +53,6 @@ class OpenChannels:
             force_nn_module_property_static_shapes=False,
             # Samplers compare their input's channels with a number of their own.
             allow_unspec_int_on_nn_module=True,
-            # An open number, such as an epsilon, is traced, found to be needed as a constant, and all is traced again.
-            specialize_float=True,
         )
 
     @contextmanager

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -69,6 +70,8 @@ class SharedRegion(Region):
     ):
         super().__init__(eager, label, compiled)
         self._channels_last, self._stage = channels_last, stage
+        # An open number, such as an epsilon, is traced, found to be needed as a constant, and all is traced again.
+        self._constants = torch._dynamo.config.patch(specialize_float=True)
 
     def __call__(self, module: nn.Module, *args, **kwargs):
         if kwargs.get("cross_attention_kwargs") == {}:
@@ -88,10 +91,11 @@ class SharedRegion(Region):
         return self._enter(module, *args, **kwargs)
 
     def _enter(self, module: nn.Module, *args, **kwargs):
-        if self._stage is None:
-            return super().__call__(module, *args, **kwargs)
-        with self._stage(module, self.graph_of(args[0]) not in self.made):
-            return super().__call__(module, *args, **kwargs)
+        first = self.graph_of(args[0]) not in self.made
+        with nullcontext() if self._stage is None else self._stage(module, first):
+            # Asked once a graph: it takes longer than many a block.
+            with self._constants if first and not _has_scales(module) else nullcontext():
+                return super().__call__(module, *args, **kwargs)
 
     def _uniform(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -131,6 +135,12 @@ class Root:
             progress.expect(sum(region.missing(args[0], progress.thorough) for region in self._regions))
         with self._shapes, self._limit:
             return self._method(module, *args, **kwargs)
+
+
+def _has_scales(block: nn.Module) -> bool:
+    """Whether a block has numbers that may be others in the next call: those of LoRAs and IP-Adapters."""
+    parts = list(block.modules())
+    return any(isinstance(part, BaseTunerLayer) or hasattr(getattr(part, "processor", None), "scale") for part in parts)
 
 
 def _resized(values: Any, samples: int) -> Any:
