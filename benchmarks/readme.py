@@ -2,8 +2,9 @@
 
 The newest file of each theme counts: `attention_*.json` (pytest-benchmark, the UNet step), `ladder_*.json` (`fastdiff
 bench` and `benchmarks/gpu.py`, one for each kind of hardware and batch), `lossy_*.json` (pytest-benchmark, loops with
-lossy options), `quantization_*.json` (`python -m fastdiff.bench.quantization` and its benchmark), `shapes_*.json`
-(`python -m fastdiff.shapes.evaluate`). What is not there is left out.
+lossy options), `quantization_*.json` (`python -m fastdiff.bench.quantization` and its benchmark), `compile_*.json` and
+`cold-start_*.json` (pytest-benchmark, compiling and saved code), `shapes_*.json` (`python -m
+fastdiff.shapes.evaluate`). What is not there is left out.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ def render(results: Path = RESULTS) -> str:
     sections = [_ladder(path) for path in _newest(results.glob("ladder_*.json"))]
     sections += [_attention(path) for path in _newest(results.glob("attention_*.json"))]
     sections += [_quantization(path) for path in _newest(results.glob("quantization_*.json"))]
+    sections += [_compiling(path) for path in _newest(results.glob("compile_*.json"))]
+    sections += [_cold_start(path) for path in _newest(results.glob("cold-start_*.json"))]
     sections += [_lossy(path, results) for path in _newest(results.glob("lossy_*.json"))]
     sections += [_adherence(path) for path in _newest(results.glob("shapes_*.json"))]
     return "\n\n".join(["## Measured", *sections]) if sections else ""
@@ -149,6 +152,41 @@ def _quantization(path: Path) -> str:
         "which also names the worst layers.",
     ]
     return "\n".join(lines)
+
+
+def _compiling(path: Path) -> str:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        f"**Compiling, where asked for**: {data['benchmarks'][0]['group']}, from nothing.",
+        "",
+        "| `compile` | graphs | share of the UNet's FLOPs | time to compile | step, compiled | step, not compiled |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run in data["benchmarks"]:
+        info = run["extra_info"]
+        steps = [seconds(info[f"step_{name}_s"]) for name in ("compiled", "eager")]
+        cells = [f'`"{run["params"]["mode"]}"`', info["graphs"], f"{info['flop_share']:.1%}"]
+        lines.append("| " + " | ".join(map(str, [*cells, f"{info['compile_s']:.0f} s", *steps])) + " |")
+    return "\n".join([*lines, "", _source(path, data, "test_bench_compile.py --model sdxl-random --size 256")])
+
+
+def _cold_start(path: Path) -> str:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        "**From the start of a process to its first picture**: stock without a compiler, and fastdiff with "
+        '`compile="regional"`, with the code that `save_compiled` wrote and without. Seconds, medians; the embedded '
+        "model draws in 4 steps, the full-size UNet takes one step at 256x256 in bfloat16.",
+        "",
+        "| | import | load | saved code | first picture | whole process |",
+        "|---|---|---|---|---|---|",
+    ]
+    stages = ("import", "load", "compiled code", "first picture", "total")
+    for run in data["benchmarks"]:
+        for who, times in run["extra_info"]["seconds"].items():
+            name = "with saved code" if who == "compiled" else who.replace("compiled without", "without")
+            cells = [f"{times[stage]:.2f}" if stage in times else "" for stage in stages]
+            lines.append("| " + " | ".join([f"{run['params']['model']}, {name}", *cells]) + " |")
+    return "\n".join([*lines, "", _source(path, data, "test_bench_cold_start.py")])
 
 
 def _lossy(path: Path, results: Path) -> str:

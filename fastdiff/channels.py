@@ -58,14 +58,28 @@ class OpenChannels:
     @contextmanager
     def __call__(self, block: nn.Module, first: bool) -> Iterator[None]:
         """Enter before `block` runs; `first` if there is no graph for it yet."""
-        if first:
-            for name, parameter in block.named_parameters():
-                # Neither kernels' sizes nor what comes out of the time embedding differ between blocks.
-                fixed = (2, 3) if parameter.ndim == 4 else (1,) if name == "time_emb_proj.weight" else ()
-                for dimension in fixed:
-                    torch._dynamo.mark_static(parameter, dimension)
-        with self._settings:
-            yield
+        marked = _mark_fixed(block) if first else []
+        try:
+            with self._settings:
+                yield
+        finally:
+            for parameter in marked:
+                # Saved traces do not know marks, and would not take a parameter that has one.
+                for mark in ("_dynamo_static_indices", "_has_dynamo_dim_marking"):
+                    parameter.__dict__.pop(mark, None)
+
+
+def _mark_fixed(block: nn.Module) -> list[nn.Parameter]:
+    """Mark for the compiler what does not differ between blocks; returns what has marks now, and had none."""
+    marked = []
+    for name, parameter in block.named_parameters():
+        # The sizes of kernels, and of the time embedding.
+        fixed = (2, 3) if parameter.ndim == 4 else (1,) if name == "time_emb_proj.weight" else ()
+        if fixed and not hasattr(parameter, "_dynamo_static_indices"):
+            marked.append(parameter)
+            for dimension in fixed:
+                torch._dynamo.mark_static(parameter, dimension)
+    return marked
 
 
 def open_options() -> dict[str, CustomGraphPass]:

@@ -91,7 +91,8 @@ class SharedRegion(Region):
         return self._enter(module, *args, **kwargs)
 
     def _enter(self, module: nn.Module, *args, **kwargs):
-        first = self.graph_of(args[0]) not in self.made
+        # Saved traces are in place of the first one.
+        first = self.graph_of(args[0]) not in self.made and not hasattr(self.eager, "has_traces")
         with nullcontext() if self._stage is None else self._stage(module, first):
             # Asked once a graph: it takes longer than many a block.
             with self._constants if first and not _has_scales(module) else nullcontext():

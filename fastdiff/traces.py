@@ -69,6 +69,7 @@ def install_traces(models: list[nn.Module], data: bytes) -> None:
         for function, entry in zip(_functions(models), pickle.loads(data), strict=True):
             if entry is not None:
                 CompilePackage(function, entry.dynamo).install(entry.backends)
+                function.has_traces = True
     except Exception as error:
         _log.info("traces cannot be used", exc_info=error)
 

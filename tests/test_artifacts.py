@@ -26,13 +26,13 @@ COMPILED = FastConfig.preset("exact", compile="regional")
 PROCESS = """
 import json, sys, warnings
 from conftest import draw, load_fast
-from test_artifacts import COMPILED, only_transformer_blocks
+from test_artifacts import COMPILED, fewer_regions
 from torch._dynamo.utils import counters
 import torch
 
 action, path, latents = sys.argv[1:]
 warnings.simplefilter("error", RuntimeWarning)
-pipe = only_transformer_blocks(load_fast(COMPILED, compiled=path if action == "load" else None))
+pipe = fewer_regions(load_fast(COMPILED, compiled=path if action == "load" else None))
 if action == "save":
     pipe.warmup(sizes=[(64, 64)])
     graphs = counters["stats"]["unique_graphs"]
@@ -46,8 +46,9 @@ print(json.dumps({**caches, "traced": counters["stats"]["unique_graphs"]}))
 """
 
 
-def only_transformer_blocks(pipe):
-    pipe.unet._repeated_blocks, pipe.vae._repeated_blocks = ["BasicTransformerBlock"], []
+def fewer_regions(pipe):
+    """What has channels of its own, and what shares its graph with others."""
+    pipe.unet._repeated_blocks, pipe.vae._repeated_blocks = ["BasicTransformerBlock", "Upsample2D"], []
     return pipe
 
 
@@ -127,7 +128,7 @@ def test_without_traces_the_next_process_compiles_nothing(saved, tmp_path):
 
 def test_loaded_traces_notice_an_adapter(saved, inductor, tmp_path, stock, assert_close):
     counters.clear()
-    pipe = only_transformer_blocks(load_fast(COMPILED, compiled=saved))
+    pipe = fewer_regions(load_fast(COMPILED, compiled=saved))
     assert_close(draw(pipe), draw(stock))
     assert counters["stats"]["unique_graphs"] == 0
     adapted, file = load_stock(), write_lora(load_stock(), tmp_path / "lora", seed=1)
@@ -142,7 +143,7 @@ def test_loaded_traces_notice_an_adapter(saved, inductor, tmp_path, stock, asser
 def test_a_file_that_fits_is_given_to_torch_once(saved, inductor):
     pipe = load_fast(COMPILED, compiled=saved)
     assert not inductor.exists() or not graphs(inductor)
-    assert only_transformer_blocks(pipe).plan and graphs(inductor) and libraries(inductor)
+    assert fewer_regions(pipe).plan and graphs(inductor) and libraries(inductor)
     assert pipe._artifacts.installed and not pipe._artifacts.parts
 
 
@@ -177,7 +178,7 @@ def test_with_a_damaged_file_the_picture_is_right(saved, tmp_path, stock, assert
     path.write_bytes(damage(bytearray(saved.read_bytes()), -1))
     torch.compiler.reset()
     with pytest.warns(RuntimeWarning, match="its checksum is wrong; fastdiff compiles as usual"):
-        pipe = only_transformer_blocks(load_fast(COMPILED, compiled=path))
+        pipe = fewer_regions(load_fast(COMPILED, compiled=path))
     assert_close(draw(pipe), draw(stock))
     torch.compiler.reset()
 
