@@ -181,7 +181,7 @@ class FastUNet2DConditionModel(FusedProjectionsMixin, UNet2DConditionModel):
             raise ValueError(
                 f"{what}: this UNet is quantized ({self.quantized.scheme}) and its plain weights are gone. Load the "
                 "checkpoint anew and do it before the first call (a LoRA: load it, then pipe.fuse_lora() and "
-                "pipe.unload_lora_weights()), or use quantization='none'."
+                "pipe.unload_lora_weights()), or use quantization='none' or the preset 'exact'."
             )
 
     @contextmanager
