@@ -7,7 +7,6 @@ the patched tree where `FASTDIFF_PATCHED_TREE` names one and `PYTHONPATH` its `s
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from collections.abc import Callable
@@ -66,8 +65,14 @@ class Leg:
             return [module for module in model.modules() if module._compiled_call_impl is not None]
         from fastdiff.compilation import apply_compilation, repeated_blocks
 
+        compiler = torch.compile
+
+        def compile_for_backend(function: Callable, options: dict | None = None, **settings) -> Callable:
+            """Leave out the options, which are those of another backend."""
+            return compiler(function, backend=backend, **settings)
+
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+            patch.setattr(torch, "compile", compile_for_backend)
             apply_compilation(model, "regional")
         return repeated_blocks(model)
 
