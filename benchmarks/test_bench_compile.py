@@ -21,8 +21,8 @@ from fastdiff.bench.settings import Settings
 from fastdiff.bench.stock import load_stock
 from fastdiff.bench.timing import timed
 from fastdiff.bench.workloads import workload
-from fastdiff.compilation import apply_compilation, region_kinds, repeated_blocks, undo_compilation
-from fastdiff.unet import FastUNet2DConditionModel
+from fastdiff.compiler.compilation import apply_compilation, region_kinds, repeated_blocks, undo_compilation
+from fastdiff.models.unet import FastUNet2DConditionModel
 
 
 @pytest.fixture(scope="module")

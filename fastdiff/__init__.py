@@ -11,9 +11,9 @@ EMBEDDED_CHECKPOINT: str = str(Path(__file__).parent / "shapes" / "checkpoint")
 # Importing diffusers and torchao takes seconds; names are resolved when first used, so that `fastdiff --help` and
 # a mistyped command answer at once.
 _HOMES = {
-    "FastAutoencoderKL": "vae",
+    "FastAutoencoderKL": "models.vae",
     "FastConfig": "config",
-    "FastControlNetModel": "controlnet",
+    "FastControlNetModel": "models.controlnet",
     "FastDDIMScheduler": "schedulers",
     "FastDPMSolverMultistepScheduler": "schedulers",
     "FastEulerAncestralDiscreteScheduler": "schedulers",
@@ -27,10 +27,10 @@ _HOMES = {
     "FastStableDiffusionXLInpaintPipeline": "pipelines",
     "FastStableDiffusionXLPipeline": "pipelines",
     "FastTCDScheduler": "schedulers",
-    "FastUNet2DConditionModel": "unet",
+    "FastUNet2DConditionModel": "models.unet",
     "FastUniPCMultistepScheduler": "schedulers",
-    "FusedQKVAttnProcessor": "attention",
-    "NonFiniteError": "finite",
+    "FusedQKVAttnProcessor": "models.processor",
+    "NonFiniteError": "models.finite",
     "PlanStep": "plan",
     "fast_scheduler": "schedulers",
 }

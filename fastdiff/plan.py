@@ -19,24 +19,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL
 
-from .attention import FastAttention, apply_fusion
-from .compilation import apply_compilation, choose_compile, expect_new_graphs, undo_compilation
+from .compiler.compilation import apply_compilation, choose_compile, expect_new_graphs, undo_compilation
 from .config import FastConfig
-from .context import ContextKV
-from .controlnet import convert_controlnet
-from .deep_cache import apply_deep_cache, remove_deep_cache
 from .graphs import GraphPool, apply_graphs, remove_graphs, why_no_graphs
-from .guidance_interval import apply_guidance_interval
-from .memory_format import apply_channels_last
-from .offload import inner_offloading
-from .packing import apply_packing, choose_packing, count_packed
-from .quantization import apply_quantization, check_scheme, choose_quantization
-from .recording import CudaRecorder
+from .graphs.recording import CudaRecorder
+from .lossy.deep_cache import apply_deep_cache, remove_deep_cache
+from .lossy.guidance_interval import apply_guidance_interval
+from .models.attention import FastAttention, apply_fusion
+from .models.context import ContextKV
+from .models.memory_format import apply_channels_last
+from .models.offload import inner_offloading
+from .models.vae import FastAutoencoderKL
 from .schedulers import fast_scheduler
-from .unet import FastUNet2DConditionModel
-from .vae import FastAutoencoderKL
+from .weights import apply_packing, apply_quantization, check_scheme, choose_packing, choose_quantization, count_packed
 
 
 @dataclass(frozen=True)
@@ -57,30 +53,6 @@ class PlanStep:
 
 
 _OFF = "switched off by FastConfig.{}"
-
-
-def convert_component(name: str, component, config: FastConfig):
-    """Return the fast twin of a pipeline component, over the same weights, or the component itself.
-
-    Args:
-        name: the component's name in the pipeline (`"unet"`, `"vae"`, `"scheduler"`, ...).
-
-    Raises:
-        ValueError: a UNet that is already quantized with another scheme than `config` asks for.
-    """
-    if name == "unet" and component is not None:
-        check_scheme(component, config.quantization)
-    if config.is_off or component is None:
-        return component
-    if name == "unet":
-        return FastUNet2DConditionModel.from_stock(component)
-    if name == "vae" and type(component) in (AutoencoderKL, FastAutoencoderKL):
-        return FastAutoencoderKL.from_stock(component)
-    if name == "controlnet":
-        return convert_controlnet(component)
-    if name == "scheduler" and config.host_schedule:
-        return fast_scheduler(component)
-    return component
 
 
 class Plan:

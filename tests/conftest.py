@@ -1,4 +1,4 @@
-"""Tiny real SDXL pipelines and the comparisons that most tests make."""
+"""Fixtures: tiny real SDXL pipelines and the comparisons that most tests make."""
 
 from __future__ import annotations
 
@@ -13,47 +13,12 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from diffusers import StableDiffusionXLPipeline  # noqa: E402
 from diffusers.utils import logging as diffusers_logging  # noqa: E402
+from support.embedded import load_fast, load_stock  # noqa: E402
 from torch._dynamo.utils import counters  # noqa: E402
 
-import fastdiff  # noqa: E402
-from fastdiff import FastConfig, FastStableDiffusionXLPipeline  # noqa: E402
+from fastdiff import FastStableDiffusionXLPipeline  # noqa: E402
 
 diffusers_logging.disable_progress_bar()
-
-
-def load_stock(**kwargs) -> StableDiffusionXLPipeline:
-    """A fresh stock pipeline in float32 whose weights nobody shares."""
-    pipe = StableDiffusionXLPipeline.from_pretrained(fastdiff.EMBEDDED_CHECKPOINT, dtype=torch.float32, **kwargs)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def load_fast(fast: FastConfig | str = "exact", **kwargs) -> FastStableDiffusionXLPipeline:
-    """A fresh fast pipeline in float32."""
-    pipe = FastStableDiffusionXLPipeline.from_pretrained(
-        fastdiff.EMBEDDED_CHECKPOINT, dtype=torch.float32, fast=fast, **kwargs
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def draw(pipe, seed: int = 0, **kwargs) -> torch.Tensor:
-    """Run a pipeline and return its latents (or what `output_type` says)."""
-    call = {
-        "prompt": "a red circle on a blue background",
-        "num_inference_steps": 3,
-        "height": 64,
-        "width": 64,
-        "output_type": "latent",
-        "generator": torch.Generator().manual_seed(seed),
-    }
-    return pipe(**{**call, **kwargs}).images
-
-
-def storage_bytes(module: torch.nn.Module) -> int:
-    """Bytes of all parameters, each storage counted once."""
-    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in module.parameters()}
-    return sum(storages.values())
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdiff.compilation import repeated_blocks
+from fastdiff.compiler.compilation import repeated_blocks
 
 
 def region_share(model: nn.Module, call: Callable[[], object]) -> float:

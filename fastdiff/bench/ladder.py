@@ -11,8 +11,8 @@ from diffusers import StableDiffusionXLPipeline
 from torch import nn
 
 from ..config import FastConfig
-from ..opaque import leaves
-from ..pipelines import FastStableDiffusionXLPipeline
+from ..models.storage import leaves
+from ..pipelines.sdxl import FastStableDiffusionXLPipeline
 from .settings import REFERENCE, Settings
 from .stock import twin
 

@@ -25,11 +25,11 @@ from torch import nn
 from torchao.quantization import quantize_
 
 from ..config import FastConfig
-from ..pipelines import FastStableDiffusionXLPipeline
-from ..quantization import apply_quantization, plain_layers
-from ..quantization.int8 import Int8Linear
-from ..quantization.layers import torchao_config, uses_onednn
-from ..unet import FastUNet2DConditionModel
+from ..models.unet import FastUNet2DConditionModel
+from ..pipelines.sdxl import FastStableDiffusionXLPipeline
+from ..weights import apply_quantization, plain_layers
+from ..weights.int8 import Int8Linear
+from ..weights.quantization import torchao_config, uses_onednn
 from .sdxl_random import random_unet
 from .settings import SDXL_RANDOM, Settings
 from .workloads import step_inputs
@@ -99,7 +99,7 @@ def picture_rows(schemes: tuple[str, ...], count: int, steps: int, batch: int) -
     """Adherence of the embedded model's pictures by the oracle, and PSNR and SSIM to bfloat16 without quantization."""
     from ..shapes import evaluate
     from ..shapes.captions import caption
-    from ..shapes.oracle import judge
+    from ..shapes.training.oracle import judge
 
     scenes = evaluate.held_out_scenes(count)
     rows, reference = [], []

@@ -8,8 +8,8 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
 from .. import EMBEDDED_CHECKPOINT
-from ..checkpoints import check_checkpoint
-from ..conversion import share_weights
+from ..models.conversion import share_weights
+from ..pipelines.checkpoints import check_checkpoint
 from .settings import SDXL_RANDOM, Settings
 
 

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..unet import FastUNet2DConditionModel
+from ..models.unet import FastUNet2DConditionModel
 from .settings import Settings
 
 PROMPT = "a red circle on a blue background"

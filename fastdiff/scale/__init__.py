@@ -1,4 +1,4 @@
 """More than one device: batch jobs (`fastdiff batch`) and serving (`fastdiff serve`) on Ray.
 
-Needs the extra `ray`. `commands` holds the command line; nothing here imports Ray before a command runs.
+Needs the extra `ray`, which nothing here imports before a command runs. May import `pipelines` and what is below.
 """

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import EMBEDDED_CHECKPOINT
-from ..pipelines import FastStableDiffusionXLPipeline
+from ..pipelines.sdxl import FastStableDiffusionXLPipeline
 from .requests import PictureRequest, parse_size
 
 

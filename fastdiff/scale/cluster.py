@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..cli import UsageError
+from ..errors import UsageError
 from .artist import ModelChoice
 
 

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from ..cli import UsageError
+from ..errors import UsageError
 
 MANIFEST = "manifest.jsonl"
 

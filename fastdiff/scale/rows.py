@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ..cli import UsageError
+from ..errors import UsageError
 from .requests import PictureRequest, problems
 
 _SHOWN = 3

@@ -16,7 +16,7 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.util.metrics import Counter
 
-from ..cli import UsageError
+from ..errors import UsageError
 from .app import Drawn, Limits, NoWorker, make_app
 from .artist import Artist, ModelChoice, png_bytes
 from .batching import Batcher

@@ -1,4 +1,7 @@
-"""Schedulers that never make the host wait for the device: one fast class per stock class of diffusers."""
+"""Schedulers that never make the host wait for the device: one fast class per stock class of diffusers.
+
+May import no other room.
+"""
 
 from .linear import StepWeights, guided_step
 from .twins import (

@@ -1,5 +1,4 @@
-"""A tiny SDXL that draws coloured shapes: its grammar, renderer, oracle, training and the trained checkpoint.
+"""A tiny SDXL that draws coloured shapes: the trained checkpoint, and the grammar of its captions.
 
-Submodules are imported on demand: `captions` and `render` need only numpy and Pillow, `oracle` needs
-scikit-image (the `test` extra), `architecture`, `train` and `evaluate` need torch and diffusers.
+May import no other room. What trained and judges it stands apart, in `training`.
 """

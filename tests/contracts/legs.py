@@ -63,7 +63,7 @@ class Leg:
         if self.patched:
             model.compile_repeated_blocks(fullgraph=True, backend=backend)
             return [module for module in model.modules() if module._compiled_call_impl is not None]
-        from fastdiff.compilation import apply_compilation, repeated_blocks
+        from fastdiff.compiler.compilation import apply_compilation, repeated_blocks
 
         compiler = torch.compile
 

@@ -10,7 +10,7 @@ import torch
 from legs import draw
 
 sys.path.append(str(Path(__file__).parents[1]))
-from sync_recorder import SyncRecorder  # noqa: E402
+from support.sync_recorder import SyncRecorder  # noqa: E402
 
 
 def place(pipe) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from legs import LEG
 from recorded import places
-from sync_recorder import SyncRecorder
+from support.sync_recorder import SyncRecorder
 
 # The first three have a fast class; for the others fastdiff keeps the stock one.
 WITH_A_FAST_CLASS = ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"]

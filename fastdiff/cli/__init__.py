@@ -1,0 +1,8 @@
+"""The `fastdiff` command: one module a command, and what they share in `arguments`.
+
+May import every room; nothing imports this one.
+"""
+
+from .main import main
+
+__all__ = ["main"]

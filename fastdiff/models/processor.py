@@ -1,0 +1,78 @@
+"""The attention processor over fused projections and over keys and values computed before the loop."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+
+from .context import ContextKV
+
+
+class FusedQKVAttnProcessor(AttnProcessor2_0):
+    """Scaled dot-product attention over `attn.to_qkv`, or over keys and values computed before the loop.
+
+    Takes the place of diffusers' `AttnProcessor2_0` and equals it. Three cases:
+
+    - self-attention of a fused `FastAttention`: one projection `to_qkv` in place of three;
+    - cross-attention whose `encoder_hidden_states` is a `ContextKV`: only `to_q` is computed;
+    - all else (a layer with an active LoRA, a context that is not cached): the stock processor.
+    """
+
+    accepts_context_kv = True
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | ContextKV | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+        *args,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Attend. `hidden_states`: (batch, tokens, channels) or (batch, channels, height, width); returns its shape."""
+        cached = isinstance(encoder_hidden_states, ContextKV)
+        fused = encoder_hidden_states is None and getattr(attn, "to_qkv", None) is not None
+        if not (cached or fused) or attn.spatial_norm is not None:
+            return super().__call__(
+                attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs
+            )
+
+        residual = hidden_states
+        spatial = hidden_states.shape if hidden_states.ndim == 4 else None
+        if spatial is not None:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+
+        padding_mask = None
+        if cached:
+            query = attn.to_q(hidden_states)
+            key, value, padding_mask = encoder_hidden_states
+        else:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+
+        if attention_mask is None:
+            attention_mask = padding_mask
+        else:
+            key, value = (x[:, :, : attention_mask.shape[-1]] for x in (key, value))
+            attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[2], key.shape[0])
+            attention_mask = attention_mask.unflatten(0, (-1, attn.heads))
+        hidden_states = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        hidden_states = hidden_states.transpose(1, 2).flatten(2)
+        for layer in attn.to_out:
+            hidden_states = layer(hidden_states)
+
+        if spatial is not None:
+            hidden_states = hidden_states.transpose(1, 2).unflatten(2, spatial[2:])
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        if attn.rescale_output_factor != 1:
+            hidden_states = hidden_states / attn.rescale_output_factor
+        return hidden_states

@@ -1,0 +1,98 @@
+"""Checks on a checkpoint before anything long begins, with errors that say what to do."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+
+from ..config import FastConfig
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
+
+
+def check_checkpoint(pipeline_class: type[DiffusionPipeline], path: str | os.PathLike, kwargs: dict) -> None:
+    """Refuse what is no SDXL checkpoint in safetensors; sets `use_safetensors` in `kwargs` unless it is given.
+
+    Args:
+        path: a local directory or a model id.
+        kwargs: the arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: with the reason and what to do.
+    """
+    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    try:
+        index = pipeline_class.load_config(path, **hub)
+    except (OSError, ValueError) as error:
+        kind = "is a directory without model_index.json" if Path(path).is_dir() else "cannot be found"
+        raise ValueError(
+            f"{str(path)!r} {kind}: pass a directory written by save_pretrained() or a model id of the hub."
+        ) from error
+    name = index.get("_class_name", "")
+    if "StableDiffusionXL" not in name:
+        raise ValueError(f"{str(path)!r} is a {name or 'nameless'} checkpoint; fastdiff runs Stable Diffusion XL only.")
+    if kwargs.get("use_safetensors") is False:
+        return
+    kwargs["use_safetensors"] = True
+    if not Path(path).is_dir():
+        return
+    for component in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        if component in kwargs or index.get(component, [None])[0] is None:
+            continue
+        folder = Path(path) / component
+        if not folder.is_dir():
+            raise ValueError(f"{str(path)!r} has no folder {component!r}: the checkpoint is incomplete.")
+        if not any(folder.glob("*.safetensors")):
+            raise ValueError(
+                f"{str(folder)!r} holds no safetensors. Other formats can run code while loading; convert them with "
+                "save_pretrained(), or pass use_safetensors=False if you trust the file."
+            )
+
+
+def loading_dtype(config: FastConfig) -> torch.dtype:
+    """The dtype to load weights in when the user names none.
+
+    Stock's own default is float32. It is named here because transformers keeps the dtype that is stored: a float16
+    checkpoint would otherwise come out half float16 (text encoders), half float32 (UNet, VAE), and not run.
+    """
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    if config.dtype == "stock":
+        return torch.float32
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def check_single_file(path: str | os.PathLike) -> None:
+    """Refuse a single-file checkpoint that is missing, not safetensors, or not SDXL.
+
+    Args:
+        path: a local file; of a link only the ending is looked at.
+
+    Raises:
+        ValueError: with the reason and what to do.
+    """
+    shown = repr(str(path))
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(
+            f"{shown} is not a .safetensors file. Other formats can run code while loading; convert the checkpoint."
+        )
+    if str(path).startswith(("https://", "huggingface.co/", "hf.co/")):
+        return
+    if not Path(path).is_file():
+        raise ValueError(f"{shown} cannot be found: pass a local file or a link to a file of the hub.")
+    with safe_open(path, framework="pt") as file:
+        names = file.keys()
+    if not any(name.startswith("conditioner.embedders.") for name in names):
+        raise ValueError(
+            f"{shown} is no whole SDXL checkpoint in the original layout: it has no 'conditioner.embedders' weights. "
+            "For a checkpoint in the diffusers layout use from_pretrained(); to replace the UNet alone, load it with "
+            "UNet2DConditionModel.from_single_file() and pass it as unet=."
+        )

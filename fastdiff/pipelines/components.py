@@ -1,0 +1,48 @@
+"""The components of a pipeline: which are refused, and which become fast."""
+
+from __future__ import annotations
+
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from ..config import FastConfig
+from ..models import FastAutoencoderKL, FastUNet2DConditionModel, convert_controlnet
+from ..schedulers import fast_scheduler
+from ..weights import check_scheme
+
+
+def check_components(pipeline_class: type, components: dict) -> None:
+    """Refuse a UNet that is not SDXL's.
+
+    Raises:
+        ValueError: the UNet lacks SDXL's text-and-time conditioning.
+    """
+    unet = components.get("unet")
+    if isinstance(unet, UNet2DConditionModel) and unet.config.addition_embed_type != "text_time":
+        raise ValueError(
+            f"{pipeline_class.__qualname__} needs an SDXL UNet (addition_embed_type='text_time'), "
+            f"not {unet.config.addition_embed_type!r}: this looks like a Stable Diffusion 1.x or 2.x model."
+        )
+
+
+def convert_component(name: str, component, config: FastConfig):
+    """Return the fast twin of a pipeline component, over the same weights, or the component itself.
+
+    Args:
+        name: the component's name in the pipeline (`"unet"`, `"vae"`, `"scheduler"`, ...).
+
+    Raises:
+        ValueError: a UNet that is already quantized with another scheme than `config` asks for.
+    """
+    if name == "unet" and component is not None:
+        check_scheme(component, config.quantization)
+    if config.is_off or component is None:
+        return component
+    if name == "unet":
+        return FastUNet2DConditionModel.from_stock(component)
+    if name == "vae" and type(component) in (AutoencoderKL, FastAutoencoderKL):
+        return FastAutoencoderKL.from_stock(component)
+    if name == "controlnet":
+        return convert_controlnet(component)
+    if name == "scheduler" and config.host_schedule:
+        return fast_scheduler(component)
+    return component

@@ -1,0 +1,238 @@
+"""What makes a stock SDXL pipeline class fast: convert, apply the plan, and leave the call itself to diffusers."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import threading
+import warnings
+import weakref
+from contextlib import contextmanager
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+
+from ..compiler.progress import CompileProgress
+from ..config import FastConfig
+from ..graphs import graph_pools, graphed_methods
+from ..lossy.loop import DenoisingLoop
+from ..models.controlnet import FastControlNetModel, fast_controlnets
+from ..models.finite import FiniteCheck, NonFiniteError
+from ..models.unet import FastUNet2DConditionModel
+from ..plan import Plan, PlanStep, format_plan, weights_state
+from .components import check_components, convert_component
+from .loading import FastLoadingMixin
+from .postprocess import FastImageProcessor
+from .prompts import encode_together
+from .warmup import WarmupMixin
+
+
+class _Calls:
+    """The locks of a pipeline. A copied or unpickled pipeline gets locks of its own."""
+
+    def __init__(self):
+        self.running = threading.Lock()
+        self.planning = threading.RLock()
+        self.encoding = threading.RLock()
+
+    def __deepcopy__(self, memo: dict) -> _Calls:
+        return _Calls()
+
+    def __reduce__(self):
+        return _Calls, ()
+
+
+class FastPipelineMixin(WarmupMixin, FastLoadingMixin):
+    """What every fast SDXL pipeline adds to its stock class: the `fast` argument, the plan and thread safety.
+
+    Mixed in before a stock pipeline class, whose `__call__` runs unchanged.
+    """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # diffusers reads the constructor's signature to tell components from options; the subclass shows that of
+        # its stock class with `fast` added.
+        stock_init = next(base.__init__ for base in cls.__mro__[1:] if not issubclass(FastPipelineMixin, base))
+        signature = inspect.signature(stock_init)
+        option = inspect.Parameter(
+            "fast", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="FastConfig | str | None"
+        )
+
+        @functools.wraps(stock_init)
+        def __init__(self, *args, fast: FastConfig | str | None = None, **components):
+            config = FastConfig.resolve(fast)
+            bound = signature.bind(self, *args, **components)
+            check_components(type(self), bound.arguments)
+            for name, component in list(bound.arguments.items()):
+                bound.arguments[name] = convert_component(name, component, config)
+            stock_init(*bound.args, **bound.kwargs)
+            self._init_fast(config)
+
+        __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])
+        cls.__init__ = __init__
+
+        @functools.wraps(super(FastPipelineMixin, cls).__call__)
+        def __call__(self, *args, **kwargs):
+            return FastPipelineMixin.__call__(self, *args, **kwargs)
+
+        # So that the call, too, shows the arguments of its stock class.
+        cls.__call__ = __call__
+
+    def _init_fast(self, config: FastConfig) -> None:
+        self.fast_config = config
+        self._calls = _Calls()
+        self._owner = None
+        # Stock sets it when a call begins; a call on a view may come before the first on the pipeline itself.
+        self._interrupt = False
+        self._plan: list[PlanStep] | None = None
+        self._plan_key: tuple | None = None
+        self._unread: FiniteCheck | None = None
+        if not config.is_off and type(self.image_processor) is VaeImageProcessor:
+            self.image_processor = FastImageProcessor.from_config(self.image_processor.config)
+
+    def __setattr__(self, name: str, value) -> None:
+        # `pipe.scheduler = LCMScheduler.from_config(...)` and the like get their fast twins as in the constructor.
+        if "fast_config" in self.__dict__:
+            value = convert_component(name, value, self.fast_config)
+        super().__setattr__(name, value)
+
+    # The plan
+
+    @property
+    def plan(self) -> list[PlanStep]:
+        """The ordered steps, applied on first use: `name`, `applied`, `reason`, `lossless`."""
+        return list(self._apply_plan())
+
+    def explain(self) -> str:
+        """A table of what was applied on this machine, what was not, and why; applies the plan if need be."""
+        steps = self._apply_plan()
+        header = f"fastdiff on {self._execution_device} ({str(self.unet.dtype).removeprefix('torch.')})"
+        held = sum(model.context_cache.nbytes for model in self._denoisers())
+        kept = f"caches hold {held / 2**20:.1f} MiB"
+        for pool in graph_pools(self._models()):
+            kept += f", {len(pool)} CUDA graphs {pool.nbytes / 2**20:.1f} MiB"
+        return format_plan(steps, header) + f"\n  {kept} (pipe.free_caches() frees them)"
+
+    def free_caches(self) -> None:
+        """Free cached keys, values, time embeddings and CUDA graphs. They are made again when needed."""
+        self._free_graphs()
+        for model in self._denoisers():
+            model.free_caches()
+
+    def to(self, *args, **kwargs):
+        """As upstream. CUDA graphs, which refer to weights by their address, are freed."""
+        self._free_graphs()
+        return super().to(*args, **kwargs)
+
+    def _free_graphs(self) -> None:
+        for method in graphed_methods(self._models()):
+            method.clear()
+
+    def _denoisers(self) -> list[FastUNet2DConditionModel | FastControlNetModel]:
+        """The fast models that run in each step; none with preset "off"."""
+        unet = [self.unet] if isinstance(self.unet, FastUNet2DConditionModel) else []
+        return unet + fast_controlnets(getattr(self, "controlnet", None))
+
+    def _models(self) -> list[torch.nn.Module]:
+        """What gets compiled and recorded."""
+        return [*self._denoisers(), self.vae]
+
+    def _apply_plan(self) -> list[PlanStep]:
+        with self._calls.planning:
+            if self._plan_key != self._current_key():
+                self._plan = self._new_plan().apply()
+                self._plan_key = self._current_key()
+                self._install_artifacts(self._plan)
+            return self._plan
+
+    def _current_key(self) -> tuple:
+        """What the plan was made for. A pipeline that was moved, cast, offloaded, or given another component, or whose
+        weights somebody asked for, gets its plan anew."""
+        components = (self.unet, self.vae, self.scheduler, getattr(self, "controlnet", None))
+        state = (self.unet.device, self.unet.dtype, getattr(self.unet, "revision", None), self._execution_device)
+        return (*state, hasattr(self.unet, "_diffusers_hook"), *weights_state(self.unet), *map(id, components))
+
+    def _new_plan(self) -> Plan:
+        controlnets = fast_controlnets(getattr(self, "controlnet", None))
+        device = self._execution_device
+        return Plan(self.fast_config, self.unet, self.vae, self.scheduler, controlnets, device)
+
+    def enable_sequential_cpu_offload(self, *args, **kwargs) -> None:
+        """As upstream. Projections stay separate, and nothing is compiled or quantized any more."""
+        self._new_plan().prepare_offload(fused=False)
+        super().enable_sequential_cpu_offload(*args, **kwargs)
+
+    def enable_group_offload(self, *args, **kwargs) -> None:
+        """As upstream. Projections are fused before they are moved away; nothing is compiled or quantized any more."""
+        self._new_plan().prepare_offload(fused=True)
+        super().enable_group_offload(*args, **kwargs)
+
+    # The call
+
+    @torch.no_grad()
+    def __call__(self, *args, **kwargs):
+        bars = getattr(self, "_progress_bar_config", {})
+        with self._owned_call() as pipe, FiniteCheck() as check, CompileProgress(bars):
+            output = super(FastPipelineMixin, pipe).__call__(*args, **kwargs)
+            self._drawn_with = self._plan_key
+            if not self.fast_config.is_off:
+                self._report_non_finite(check, output[0])
+            return output
+
+    def _report_non_finite(self, check: FiniteCheck, images) -> None:
+        adapters = list(getattr(self.unet, "peft_config", ()))
+        previous, self._unread = self._unread, None
+        if previous is not None and (reason := previous.explanation(adapters)):
+            warnings.warn(f"In the previous call: {reason}", RuntimeWarning, stacklevel=3)
+        if isinstance(images, torch.Tensor) and not check.has_notes:
+            check.note("latents", images)
+        if isinstance(images, torch.Tensor) and images.device.type != "cpu":
+            # The result stays on the device: looking now would wait for it.
+            self._unread = check
+        elif reason := check.explanation(adapters):
+            raise NonFiniteError(reason)
+
+    @contextmanager
+    def _owned_call(self):
+        """Give a call a pipeline whose state is its own.
+
+        The first call runs on the pipeline itself, as in stock. Calls that overlap it run on a view: the same
+        components, with a scheduler and guidance settings of their own.
+        """
+        self._apply_plan()
+        if self._calls.running.acquire(blocking=False):
+            try:
+                yield self
+            finally:
+                self._calls.running.release()
+            return
+        view = copy.copy(self)
+        view._owner, view._interrupt = weakref.ref(self), False
+        view.scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        yield view
+
+    @property
+    def interrupt(self) -> bool:
+        """True once somebody has set `_interrupt`, on the pipeline or on this call's view of it."""
+        owner = self._owner() if self._owner is not None else None
+        return self._interrupt or (owner is not None and owner._interrupt)
+
+    def encode_prompt(self, *args, **kwargs):
+        """As upstream, one call at a time: tokenizers keep padding and truncation as state of their own."""
+        with self._calls.encoding:
+            encode, zero_for_none = super().encode_prompt, self.config.force_zeros_for_empty_prompt
+            joined = None if self.fast_config.is_off else encode_together(encode, zero_for_none, args, kwargs)
+            return encode(*args, **kwargs) if joined is None else joined
+
+    def prepare_extra_step_kwargs(self, *args, **kwargs) -> dict:
+        """Upstream's hook between schedule and loop: put the time embeddings of all steps on the device."""
+        if self.scheduler.timesteps.device.type == "cpu":
+            for model in self._denoisers():
+                model.prepare_timesteps(self.scheduler.timesteps, self._execution_device, model.dtype)
+        return super().prepare_extra_step_kwargs(*args, **kwargs)
+
+    def progress_bar(self, iterable=None, total: int | None = None):
+        """Upstream's hook around the loop: a bar that also tells where the loop is."""
+        bar = super().progress_bar(iterable, total)
+        return bar if total is None else DenoisingLoop(self, bar, total)

@@ -1,0 +1,522 @@
+"""Which scheme on which device, which layers, how far results move, checkpoints, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import FeedForward
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from support.embedded import draw, load_fast, load_stock
+from support.loras import write_lora
+
+from fastdiff import FastConfig, FastStableDiffusionXLPipeline, FastUNet2DConditionModel
+from fastdiff.weights import PackedLinear, apply_quantization, choose_quantization, count_packed, plain_layers
+from fastdiff.weights.int8 import Int8FeedForward, Int8Gate, Int8GEGLU, Int8Linear, convert_feed_forward
+from fastdiff.weights.saved import FILE
+
+CPU = torch.device("cpu")
+CAPABILITIES = torch.cpu.get_capabilities()
+HAS_AMX = CAPABILITIES.get("amx_int8", False)
+needs_amx = pytest.mark.skipif(
+    not HAS_AMX or torch.cuda.is_available(), reason="the default on CPUs with AMX, without a GPU"
+)
+needs_int8 = pytest.mark.skipif(
+    not (HAS_AMX or CAPABILITIES.get("avx512_vnni") or CAPABILITIES.get("avx_vnni")), reason="needs AMX or VNNI"
+)
+SCHEMES = [pytest.param("int8-dynamic", marks=needs_int8), "int8-weight-only"]
+
+
+def choose(requested: str = "auto", device: torch.device = CPU, dtype: torch.dtype = torch.bfloat16, **changes):
+    """The choice for a full-size model."""
+    return choose_quantization(requested, device, dtype, **{"parameters": 2_600_000_000, **changes})
+
+
+def test_a_large_model_is_quantized_by_default_where_the_cpu_has_int8_units():
+    choice = choose()
+    if HAS_AMX and not torch.cuda.is_available():
+        assert choice.scheme == "int8-dynamic" and "AMX" in choice.reason
+    else:
+        assert choice.scheme is None
+
+
+@needs_amx
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": torch.float32}, "float32"),
+        ({"dtype": torch.float16}, "float16"),
+        ({"parameters": 99_000_000}, "99 M parameters"),
+        ({"is_compiled": True}, "compiled"),
+        ({"is_shared": True}, "held twice"),
+        ({"has_adapters": True}, "unload_lora_weights"),
+        ({"device": torch.device("mps")}, "faster than bfloat16 on mps"),
+    ],
+)
+def test_what_it_does_not_go_with_leaves_it_off_and_says_why(changes, reason):
+    choice = choose(**changes)
+    assert choice.scheme is None and reason in choice.reason
+
+
+def test_cpus_without_amx_and_machines_with_a_gpu_are_left_alone(monkeypatch):
+    """No CPU lacks what it has: here, and only here, the probes are told what to answer."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with_gpu = choose()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True, "amx_bf16": True})
+    choice = choose()
+    assert choice.scheme is with_gpu.scheme is None and "without AMX" in choice.reason
+    assert not HAS_AMX or "GPU" in with_gpu.reason
+    assert choose("int8-dynamic").scheme == "int8-dynamic", "asked for"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    with pytest.raises(ValueError, match="AMX or VNNI"):
+        choose("int8-dynamic")
+
+
+def quantize_step(pipe):
+    return next(step for step in pipe.plan if step.name == "quantize")
+
+
+def test_small_models_are_left_alone_and_the_plan_says_why():
+    default = quantize_step(load_fast("balanced").to(torch.bfloat16))
+    assert not default.applied and not default.lossless
+    assert "too small to gain" in default.reason or not HAS_AMX or torch.cuda.is_available()
+    asked = quantize_step(load_fast(FastConfig.preset("balanced", quantization="int8-weight-only")))
+    assert not asked.applied and "0 linear layers" in asked.reason and "too small to gain" in asked.reason
+
+
+@pytest.mark.parametrize("scheme", ["fp8-dynamic", "fp8-weight-only"])
+def test_a_scheme_that_the_device_cannot_run_is_refused_before_the_loop(scheme):
+    fast = load_fast(FastConfig.preset("balanced", quantization=scheme))
+    with pytest.raises(ValueError, match=rf"{scheme}.*8\.9"):
+        draw(fast)
+
+
+def test_what_a_scheme_does_not_go_with_is_refused():
+    with pytest.raises(ValueError, match="bfloat16 or float32"):
+        choose("int8-weight-only", dtype=torch.float16)
+    with pytest.raises(ValueError, match="unload_lora_weights"):
+        choose("int8-weight-only", has_adapters=True)
+    if HAS_AMX:
+        with pytest.raises(ValueError, match="compile='auto' or 'off'"):
+            choose("int8-dynamic", is_compiled=True)
+
+
+def make_wide_unet(dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+    """SDXL's structure for the embedded checkpoint, wide enough that its layers are worth quantizing."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        block_out_channels=(64, 512), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=1, attention_head_dim=(1, 8),
+        **{key: EMBEDDED_CONFIG[key] for key in (
+            "cross_attention_dim", "use_linear_projection", "addition_embed_type", "addition_time_embed_dim",
+            "projection_class_embeddings_input_dim",
+        )},
+    )
+    return unet.to(dtype).eval().requires_grad_(False)
+
+
+EMBEDDED_CONFIG = json.loads(
+    (Path(sys.modules["fastdiff"].EMBEDDED_CHECKPOINT) / "unet" / "config.json").read_text(encoding="utf-8")
+)
+
+
+def make_fast_unet(dtype: torch.dtype = torch.float32) -> FastUNet2DConditionModel:
+    unet = FastUNet2DConditionModel.from_stock(make_wide_unet(dtype))
+    unet.fuse_qkv_projections()
+    return unet
+
+
+def make_pipe(scheme: str = "none", dtype: torch.dtype = torch.bfloat16, **fields) -> FastStableDiffusionXLPipeline:
+    # Whatever is left plain is packed, as it is where no stock pipeline over it is alive.
+    fast = FastConfig.preset("balanced", quantization=scheme, **{"pack_weights": True, **fields})
+    pipe = load_stock().to(dtype)
+    pipe = FastStableDiffusionXLPipeline.from_pipe(pipe, unet=make_wide_unet(dtype), fast=fast)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def plain_twin() -> StableDiffusionXLPipeline:
+    """A stock pipeline with the weights of `make_pipe`, to write LoRAs for."""
+    twin = load_stock().to(torch.bfloat16)
+    twin.unet = make_wide_unet(torch.bfloat16)
+    return twin
+
+
+def unet_inputs(dtype: torch.dtype = torch.float32) -> dict:
+    generator = torch.Generator().manual_seed(1)
+    pooled = EMBEDDED_CONFIG["projection_class_embeddings_input_dim"] - 6 * EMBEDDED_CONFIG["addition_time_embed_dim"]
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    return {
+        "sample": noise(2, 4, 16, 16),
+        "timestep": torch.tensor(300),
+        "encoder_hidden_states": noise(2, 77, EMBEDDED_CONFIG["cross_attention_dim"]),
+        "added_cond_kwargs": {"text_embeds": noise(2, pooled), "time_ids": torch.zeros(2, 6, dtype=dtype)},
+    }
+
+
+@torch.no_grad()
+def relative_error(unet, reference: torch.Tensor) -> float:
+    out = unet(**unet_inputs(unet.dtype)).sample.float()
+    return ((out - reference).norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "roles"),
+    [
+        ("int8-dynamic", {"ff.net.0.proj", "ff.net.2"}),
+        ("int8-weight-only", {"attn1.to_qkv", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", "ff.net.0.proj",
+                              "ff.net.2"}),
+    ],
+)
+def test_layers_are_chosen_by_role_and_by_the_size_that_gains(scheme, roles):
+    layers, left = plain_layers(make_fast_unet(), scheme)
+    assert {name.split(".transformer_blocks.")[1].partition(".")[2] for name in layers} == roles
+    assert left["once a prompt"] == 8 and left["outside of transformer blocks"] > 6
+
+
+def count_kind(unet, kind) -> int:
+    return sum(isinstance(module, kind) for module in unet.modules())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_weights_shrink_by_half_and_the_result_moves_little(scheme):
+    unet = make_fast_unet(torch.bfloat16)
+    with torch.no_grad():
+        reference = unet(**unet_inputs(torch.bfloat16)).sample.float()
+    done = apply_quantization(unet, scheme, "asked")
+    assert done.taken == (8 if scheme == "int8-dynamic" else 24)
+    assert 0.49 < done.bytes_after / done.bytes_before <= 0.52
+    assert done.model_before - done.model_after == done.bytes_before - done.bytes_after
+    assert 0 < relative_error(unet, reference) < 0.02
+    assert count_kind(unet, Int8FeedForward) == (4 if scheme == "int8-dynamic" else 0)
+    assert plain_layers(unet, scheme)[0] == {}, "nothing is quantized twice"
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@torch.no_grad()
+def test_int8_layers_equal_their_own_definition(dtype):
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(96, 64).to(dtype), torch.randn(2, 7, 96).to(dtype)
+    scale = x.float().abs().max() / 127
+    rounded_x = (x * (1 / scale.item())).round().float() * scale
+    row = layer.weight.float().abs().amax(1, keepdim=True) / 127
+    rounded_w = (layer.weight.float() / row).round() * row
+    expected = torch.nn.functional.linear(rounded_x, rounded_w, layer.bias.float())
+    Int8Linear.quantize(layer)
+    got = layer(x)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+@needs_int8
+@torch.no_grad()
+def test_an_int8_geglu_equals_the_stock_one_over_the_same_layer():
+    torch.manual_seed(0)
+    stock, x = GEGLU(96, 64), torch.randn(2, 7, 96)
+    Int8Gate.quantize(stock.proj)
+    expected = stock(x)
+    stock.__class__ = Int8GEGLU
+    torch.testing.assert_close(stock(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@needs_int8
+@pytest.mark.parametrize("shape", [(1100, 2001), (2001, 1100)])
+@torch.no_grad()
+def test_inputs_of_many_blocks_are_quantized_like_small_ones(shape):
+    """Beyond a few blocks the input is quantized block by block; its scale is still one."""
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(shape[1], 8).bfloat16(), torch.randn(shape).bfloat16()
+    x[-1, -1] = 9
+    Int8Linear.quantize(layer)
+    # The largest number is in each piece, which therefore gets the scale of the whole.
+    pieces = [torch.cat([piece, x[-1:]]) for piece in x.split(300)]
+    expected = torch.cat([layer(piece)[:-1] for piece in pieces])
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(layer(x.t().contiguous().t()), expected)
+
+
+@needs_int8
+@torch.no_grad()
+def test_a_feed_forward_layer_takes_many_rows_in_parts():
+    torch.manual_seed(0)
+    feed = FeedForward(64, activation_fn="geglu").bfloat16()
+    Int8Gate.quantize(feed.net[0].proj)
+    feed.net[0].__class__ = Int8GEGLU
+    convert_feed_forward(feed)
+    assert type(feed) is FeedForward, "its second product is plain"
+    Int8Linear.quantize(feed.net[2])
+    convert_feed_forward(feed)
+    assert type(feed) is Int8FeedForward
+    x, widths = torch.randn(3, 700, 64).bfloat16(), []
+    x[2] *= 5
+    feed.net[0].register_forward_hook(lambda module, args, output: widths.append(len(args[0])))
+    got = feed(x)
+    assert widths == [700, 700, 700], "parts of equal size, none above the limit"
+    assert torch.equal(got, torch.stack([FeedForward.forward(feed, rows) for rows in x]))
+    assert torch.equal(feed(x[:, :20]), FeedForward.forward(feed, x[:, :20])), "few rows: one scale"
+
+
+@needs_int8
+@torch.no_grad()
+def test_an_int8_layer_is_copied_pickled_and_loaded_exactly_and_stays_on_the_cpu():
+    torch.manual_seed(0)
+    layer, x = GEGLU(96, 64), torch.randn(3, 96)
+    Int8Gate.quantize(layer.proj)
+    expected = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), expected)
+    other = GEGLU(96, 64)
+    Int8Gate.quantize(other.proj)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), expected)
+    with pytest.raises(RuntimeError, match="weight_int8"):
+        other.load_state_dict(GEGLU(96, 64).state_dict())
+    with pytest.raises(ValueError, match="quantized for CPU"):
+        layer.to("meta")
+    with pytest.raises(ValueError, match="plain weight is gone"):
+        _ = layer.proj.weight
+    assert torch.equal(layer.to(torch.bfloat16).float()(x).sign(), expected.sign())
+
+
+@needs_int8
+@torch.no_grad()
+def test_zeros_and_values_that_are_not_finite_are_not_hidden():
+    layer = torch.nn.Linear(96, 64)
+    Int8Linear.quantize(layer)
+    assert torch.equal(layer(torch.zeros(2, 96)), layer.bias.expand(2, -1))
+    for bad in (float("nan"), float("inf")):
+        x = torch.ones(2, 96)
+        x[0, 3] = bad
+        assert not layer(x).isfinite().all()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_explain_tells_layers_bytes_and_reason(scheme):
+    pipe = make_pipe(scheme)
+    lines = [line for line in pipe.explain().splitlines() if " quantize " in line]
+    assert len(lines) == 1 and lines[0].strip().startswith("on") and "lossy" in lines[0]
+    for expected in (scheme, "linear layers", "MiB", "left: ", "8 once a prompt", "asked for"):
+        assert expected in lines[0]
+
+
+LOAD = """
+import sys, torch
+from fastdiff import FastStableDiffusionXLPipeline
+sys.path[:0] = ["tests", "tests/weights"]
+from support.embedded import draw
+pipe = FastStableDiffusionXLPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.bfloat16)
+pipe.set_progress_bar_config(disable=True)
+assert pipe.unet.quantized.scheme == sys.argv[3], pipe.unet.quantized
+torch.save(draw(pipe), sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_saved_pipeline_draws_the_same_picture_in_a_new_process(scheme, tmp_path):
+    pipe = make_pipe(scheme)
+    expected = draw(pipe)
+    pipe.save_pretrained(tmp_path / "pipe")
+    root = Path(__file__).parents[2]
+    subprocess.run(
+        [sys.executable, "-c", LOAD, tmp_path / "pipe", tmp_path / "latents.pt", scheme], check=True, cwd=root
+    )
+    assert torch.equal(torch.load(tmp_path / "latents.pt"), expected)
+    # What was loaded can be saved again, and says what it is.
+    again = FastStableDiffusionXLPipeline.from_pretrained(tmp_path / "pipe", dtype=torch.bfloat16)
+    assert again.unet.quantized == pipe.unet.quantized and scheme in again.explain()
+    assert count_kind(again.unet, Int8FeedForward) == count_kind(pipe.unet, Int8FeedForward)
+    again.save_pretrained(tmp_path / "again")
+    first, second = (load_file(tmp_path / name / "unet" / FILE) for name in ("pipe", "again"))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    with pytest.raises(OSError, match="diffusion_pytorch_model"):
+        StableDiffusionXLPipeline.from_pretrained(tmp_path / "pipe")
+
+
+def test_a_file_that_is_damaged_or_of_another_scheme_is_refused(tmp_path):
+    pipe = make_pipe("int8-weight-only")
+    assert pipe.plan
+    pipe.save_pretrained(tmp_path)
+    load = FastStableDiffusionXLPipeline.from_pretrained
+    for fast in ("exact", FastConfig(quantization="int8-dynamic")):
+        with pytest.raises(ValueError, match="is quantized with 'int8-weight-only'"):
+            load(tmp_path, fast=fast)
+
+    path = tmp_path / "unet" / FILE
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="damaged or incomplete"):
+        load(tmp_path)
+    path.write_bytes(whole)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    lacking = {key: value for key, value in tensors.items() if "ff.net.2._weight_scale" not in key}
+    save_file(lacking, path, metadata)
+    with pytest.raises(ValueError, match="damaged or incomplete"):
+        load(tmp_path)
+    save_file(tensors, path, {**metadata, "version": "99"})
+    with pytest.raises(ValueError, match="format 'fastdiff-quantized' '99'"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_scheme_of_a_live_pipeline_changes_only_with_another_unet(scheme):
+    pipe = make_pipe(scheme)
+    before = draw(pipe)
+    for fast in ("exact", "off", FastConfig(quantization="fp8-weight-only")):
+        with pytest.raises(ValueError, match=f"already quantized with '{scheme}'"):
+            FastStableDiffusionXLPipeline.from_pipe(pipe, fast=fast)
+    same = FastStableDiffusionXLPipeline.from_pipe(pipe, fast="balanced")
+    assert same.unet is pipe.unet and torch.equal(draw(same), before)
+    pipe.unet = make_wide_unet(torch.bfloat16)
+    assert pipe.unet.__dict__.get("quantized") is None
+    assert torch.equal(draw(pipe), before) and pipe.unet.quantized.scheme == scheme
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_stock_pipeline_over_the_same_weights_is_not_quantized(scheme):
+    stock = load_stock().to(torch.bfloat16)
+    stock.unet = make_wide_unet(torch.bfloat16)
+    before = {name: parameter.clone() for name, parameter in stock.unet.named_parameters()}
+    fast = FastStableDiffusionXLPipeline.from_pipe(stock, fast=FastConfig(quantization=scheme))
+    assert fast.plan and fast.unet.quantized
+    after = dict(stock.unet.named_parameters())
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_lora_goes_in_before_quantization_and_is_refused_after(scheme, tmp_path):
+    lora = write_lora(plain_twin(), tmp_path, seed=5)
+    pipe = make_pipe(scheme)
+    pipe.load_lora_weights(lora)
+    with pytest.raises(ValueError, match="fuse_lora"):
+        draw(pipe)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    with_lora = draw(pipe)
+    assert pipe.unet.quantized.scheme == scheme
+    assert not torch.equal(with_lora, draw(make_pipe(scheme)))
+    with pytest.raises(ValueError, match=rf"LoRA cannot be loaded.*{scheme}.*fuse_lora.*quantization='none'"):
+        pipe.load_lora_weights(lora)
+    assert torch.equal(draw(pipe), with_lora), "nothing was changed"
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(pipe), with_lora)
+
+
+def stock_of_full_size() -> StableDiffusionXLPipeline:
+    """A stock pipeline whose UNet has as many parameters as the default asks for; most of them do nothing."""
+    stock = load_stock().to(torch.bfloat16)
+    stock.unet = make_wide_unet(torch.bfloat16)
+    ballast = torch.empty(100_000_000, dtype=torch.int8)
+    stock.unet.mid_block.register_parameter("ballast", torch.nn.Parameter(ballast, requires_grad=False))
+    return stock
+
+
+@needs_amx
+def test_by_default_layers_are_quantized_once_no_stock_pipeline_shares_them(tmp_path):
+    stock = stock_of_full_size()
+    reference = draw(stock).float()
+    pipe = FastStableDiffusionXLPipeline.from_pipe(stock)
+    exact = FastStableDiffusionXLPipeline.from_pipe(pipe, fast="exact")
+    for each in (pipe, exact):
+        each.set_progress_bar_config(disable=True)
+    near = draw(pipe).float()
+    assert not quantize_step(pipe).applied and "held twice" in quantize_step(pipe).reason
+    del stock
+    assert "FastConfig.quantization" in quantize_step(exact).reason
+    assert count_packed(pipe.unet), "by the other pipeline's plan"
+    moved = draw(pipe).float()
+    steps = {step.name: step for step in pipe.plan}
+    assert steps["quantize"].applied and "8 linear layers" in steps["quantize"].reason
+    assert "AMX" in steps["quantize"].reason and steps["pack_weights"].applied
+    assert count_kind(pipe.unet, Int8Linear) == 8 and count_kind(pipe.unet, PackedLinear) > 8
+    assert 0 < (moved - near).norm() / reference.norm() < 0.05
+    assert torch.equal(draw(pipe).float(), moved), "the plan is applied once"
+    with pytest.raises(ValueError, match=r"LoRA cannot be loaded.*quantization='none'"):
+        pipe.load_lora_weights(write_lora(plain_twin(), tmp_path, seed=5))
+    with pytest.raises(ValueError, match="already quantized with 'int8-dynamic'"):
+        draw(exact)
+
+
+@needs_amx
+def test_by_default_an_adapter_or_a_compiler_keeps_the_layers_plain(tmp_path):
+    pipe = FastStableDiffusionXLPipeline.from_pipe(stock_of_full_size())
+    pipe.load_lora_weights(write_lora(plain_twin(), tmp_path, seed=5))
+    assert "adapter" in quantize_step(pipe).reason and count_packed(pipe.unet)
+    pipe.unload_lora_weights()
+    pipe.unet.compile()
+    assert "compiled" in quantize_step(pipe).reason
+    assert count_kind(pipe.unet, Int8Linear) == 0
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantized_projections_are_not_taken_apart(scheme):
+    pipe = make_pipe(scheme)
+    before = draw(pipe)
+    with pytest.raises(ValueError, match="cannot be changed.*quantized"):
+        pipe.unet.set_default_attn_processor()
+    if scheme == "int8-weight-only":
+        with pytest.raises(ValueError, match="fused and quantized"):
+            pipe.unet.unfuse_qkv_projections()
+        pipe.unet.fuse_qkv_projections()
+    assert torch.equal(draw(pipe), before)
+
+
+PEAK = """
+import sys, torch
+from pathlib import Path
+sys.path[:0] = ["tests", "tests/weights"]
+from test_quantization import apply_quantization, UNet2DConditionModel, EMBEDDED_CONFIG
+from fastdiff import FastUNet2DConditionModel
+
+def held(key):
+    return 1024 * int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0])
+
+with torch.device("meta"):
+    unet = UNet2DConditionModel(
+        block_out_channels=(64, 640, 640), layers_per_block=1, attention_head_dim=(1, 10, 10),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=64,
+        transformer_layers_per_block=(1, 2, 4), use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=64,
+    )
+unet = unet.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
+for parameter in unet.parameters():
+    parameter.fill_(0.01)
+unet = FastUNet2DConditionModel.from_stock(unet)
+unet.fuse_qkv_projections()
+weights, before = sum(p.nbytes for p in unet.parameters()), held("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+done = apply_quantization(unet, sys.argv[1])
+print(weights, held("VmHWM") - before, held("VmRSS") - before, done.bytes_before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak of resident memory")
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_no_second_copy_of_the_model_is_held_while_quantizing(scheme):
+    ran = subprocess.run(
+        [sys.executable, "-c", PEAK, scheme],
+        check=True,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        # What is freed goes back to the system at once, so that resident memory is what is in use.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+    )
+    weights, peak, after, taken = map(int, ran.stdout.split())
+    assert taken > 0.4 * weights and peak < 0.1 * weights
+    assert after < -0.4 * taken, "the plain weights are let go"
