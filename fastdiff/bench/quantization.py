@@ -97,7 +97,7 @@ def output_errors(
 
 def picture_rows(schemes: tuple[str, ...], count: int, steps: int, batch: int) -> list[dict]:
     """Adherence of the embedded model's pictures by the oracle, and PSNR and SSIM to bfloat16 without quantization."""
-    from ..shapes import evaluate
+    from ..shapes.training import evaluate
     from ..shapes.captions import caption
     from ..shapes.training.oracle import judge
 
