@@ -35,6 +35,8 @@ _MIN_WEIGHTS = 512 * 512
 # int8 on CPU, by measurement: quantizing the input costs what the product saves where neither side has as many
 # features (1280 x 1280: 0.9 to 1.1 times packed bfloat16; 640 x 1920: 0.96; 2560 x 640: 1.6; 1280 x 10240: 1.4 to 2.0).
 _MIN_WIDTH = 2048
+# The largest value of a row is taken for at least this much.
+_TINY = 1e-6
 
 
 def apply_quantization(
@@ -108,7 +110,10 @@ def torchao_config(scheme: str):
     """torchao's configuration of a scheme."""
     # set_inductor_config=False: otherwise torchao writes inductor's global configuration.
     if scheme == "fp8-dynamic":
-        return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+        # Without a floor the scale of a row of zeros is 0, and the row becomes NaN.
+        return Float8DynamicActivationFloat8WeightConfig(
+            granularity=PerRow(), activation_value_lb=_TINY, set_inductor_config=False
+        )
     if scheme == "fp8-weight-only":
         return Float8WeightOnlyConfig(set_inductor_config=False)
     if scheme == "int8-dynamic":

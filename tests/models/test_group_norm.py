@@ -38,7 +38,8 @@ def test_operator_equals_pytorch_and_keeps_the_format(silu):
     expected = F.group_norm(x, 8, weight, bias, 1e-5)
     torch.testing.assert_close(result, F.silu(expected) if silu else expected)
     assert result.is_contiguous(memory_format=torch.channels_last) and is_channels_last(result)
-    torch.library.opcheck(define_operator(), (x, 8, weight, bias, 1e-5, silu), test_utils=("test_schema", "test_faketensor"))
+    call = x, 8, weight, bias, 1e-5, silu
+    torch.library.opcheck(define_operator(), call, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_tokens_are_channels_last_too():
