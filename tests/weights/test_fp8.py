@@ -1,0 +1,47 @@
+"""torchao's float8, which runs on a CPU once its check of the hardware is set aside."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.embedded import draw, load_fast
+from torchao.quantization import quantize_
+
+from fastdiff.weights import apply_quantization
+from fastdiff.weights.quantization import torchao_config
+
+
+@pytest.fixture
+def float8_anywhere(monkeypatch):
+    monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda granularity: None)
+
+
+@pytest.fixture
+def pipe(float8_anywhere):
+    pipe = load_fast("exact").to(torch.bfloat16)
+    pipe.explain()
+    # The plan leaves layers as small as these alone.
+    assert apply_quantization(pipe.unet, "fp8-dynamic", min_width=64).taken > 0
+    return pipe
+
+
+@pytest.mark.parametrize("call", [{}, {"negative_prompt": "a green star"}], ids=["alone", "negative prompt"])
+def test_picture_with_float8_layers(pipe, call):
+    """Without a negative prompt SDXL's context is zeros, and so are the rows that attention makes of it."""
+    assert pipe.config.force_zeros_for_empty_prompt
+    picture = draw(pipe, output_type="pt", **call)
+    expected = draw(load_fast("exact").to(torch.bfloat16), output_type="pt", **call)
+    assert torch.isfinite(picture).all()
+    assert (picture - expected).abs().mean() < 0.1
+
+
+def test_rows_of_zeros_tiny_and_large_values(float8_anywhere):
+    layer = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
+    plain = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
+    plain.load_state_dict(layer.state_dict())
+    quantize_(layer, torchao_config("fp8-dynamic"))
+    rows = torch.randn(4, 64, dtype=torch.bfloat16) * torch.tensor([[0.0], [1e-12], [1.0], [1e4]])
+    result, expected = layer(rows.bfloat16()), plain(rows.bfloat16())
+    assert torch.isfinite(result).all()
+    error = (result - expected).float().norm(dim=1) / expected.float().norm(dim=1)
+    assert error.max() < 0.1
