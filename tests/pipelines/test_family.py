@@ -231,7 +231,7 @@ def test_loops_never_wait_and_the_finite_check_adds_no_wait(stock_class):
     assert recorder.waits("loop") == []
     # The picture itself; the check's copy is recorded too, as one that does not wait.
     assert [event.name for event in recorder.waits("after")] == ["device to host"]
-    checks = [event for event in recorder.events if event.where.startswith("fastdiff/finite.py")]
+    checks = [event for event in recorder.events if event.where.startswith("fastdiff/models/finite.py")]
     assert len(checks) == 2 and not any(event.wait for event in checks)
     assert abs(images - expected).max() < 1e-4
 

@@ -228,9 +228,9 @@ def test_pictures_leave_the_device_in_one_copy_and_one_wait(stock, fast_on_devic
     assert [event.name for event in recorder.waits("after")] == ["synchronize"]
     # What was finite, twice, and the pictures themselves.
     assert [e.where.partition(":")[0] for e in recorder.events if e.phase == "after" and not e.wait] == [
-        "fastdiff/finite.py",
-        "fastdiff/finite.py",
-        "fastdiff/postprocess.py",
+        "fastdiff/models/finite.py",
+        "fastdiff/models/finite.py",
+        "fastdiff/pipelines/postprocess.py",
     ]
     assert len(pictures) == count
     for picture, stocks in zip(pictures, expected, strict=True):
