@@ -6,7 +6,10 @@ from setuptools import find_packages, setup
 
 RAY = ["ray[data,serve]>=2.60,<3"]
 BENCH = ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.9"]
-TEST = [*BENCH, *RAY, "hypothesis>=6.100", "scikit-image>=0.24", "schemathesis>=4.32", "httpx2", "psutil"]
+LINT = ["ruff>=0.15", "mypy>=2"]
+TEST = [
+    *BENCH, *RAY, *LINT, "hypothesis>=6.100", "scikit-image>=0.24", "schemathesis>=4.32", "httpx2", "psutil",
+]
 
 setup(
     name="fastdiff",
@@ -19,6 +22,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["fastdiff", "fastdiff.*"]),
     package_data={
+        "fastdiff": ["py.typed"],
         "fastdiff.shapes": ["MODEL_CARD.md", "checkpoint/*.json", "checkpoint/*/*"],
         "fastdiff.scale": ["page.html"],
     },

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 
 COMPILE_MODES = ("auto", "regional", "full", "off")
 QUANTIZATION_SCHEMES = ("auto", "fp8-dynamic", "int8-dynamic", "fp8-weight-only", "int8-weight-only", "none")
 
-_PRESETS: dict[str, dict[str, object]] = {
+_PRESETS: dict[str, dict[str, Any]] = {
     "exact": {"quantization": "none", "dtype": "stock"},
     "balanced": {},
     "max": {"compile": "full", "cuda_graphs": True},
@@ -92,7 +93,7 @@ class FastConfig:
             )
 
     @classmethod
-    def preset(cls, name: str, **overrides: object) -> FastConfig:
+    def preset(cls, name: str, **overrides: Any) -> FastConfig:
         """Make the configuration of a preset, with some fields replaced.
 
         Args:
@@ -135,7 +136,7 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{label} {value!r}; choose one of {listed}.{_suggest(str(value), choices)}")
 
 
-def _check_guidance_interval(value: object) -> None:
+def _check_guidance_interval(value: Any) -> None:
     if value is None:
         return
     is_pair = isinstance(value, tuple) and len(value) == 2 and all(isinstance(x, int | float) for x in value)

@@ -139,7 +139,8 @@ class Plan:
         if not self.config.fuse_qkv:
             self._unfuse()
             return PlanStep(name, False, _OFF.format(name))
-        fused, left = 0, {}
+        fused = 0
+        left: dict[str, int] = {}
         for model in (*self.denoisers, *([self.vae] if isinstance(self.vae, FastAutoencoderKL) else [])):
             model.fuse_qkv_projections()
             in_model, left_in_model = apply_fusion(model, True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -17,7 +18,7 @@ from .settings import REFERENCE, Settings
 from .stock import twin
 
 # What diffusers' guide "Accelerate inference" sets in inductor's global configuration, for this compilation alone.
-_RECIPE_CUDA = {
+_RECIPE_CUDA: dict[str, Any] = {
     "max_autotune": True,
     "triton.cudagraphs": True,
     "conv_1x1_as_mm": True,

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 def machine_info(device: str | torch.device = "cpu") -> dict:
     """Processor, threads, GPU with its power limit, and versions of what is installed."""
-    info = {
+    info: dict[str, Any] = {
         "system": platform.system(),
         "python": platform.python_version(),
         "cpu": _cpu_name(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ class _Positional(nn.Module):
 
 
 @torch.no_grad()
-def run_in_openvino(unet: nn.Module, settings: Settings) -> None:
+def run_in_openvino(unet: Any, settings: Settings) -> None:
     """Convert a UNet for the settings' size and batch, in their dtype, and put the result in place of `forward`.
 
     Args:
@@ -31,6 +32,7 @@ def run_in_openvino(unet: nn.Module, settings: Settings) -> None:
     """
     import openvino
     from openvino.frontend.pytorch.patch_model import __make_16bit_traceable
+    from torch.jit._trace import TracerWarning
 
     from .workloads import step_inputs
 
@@ -44,7 +46,7 @@ def run_in_openvino(unet: nn.Module, settings: Settings) -> None:
     example = tuple(tensor.float() for tensor in tensors)
     with warnings.catch_warnings():
         # Sizes become constants, which is wanted: the shapes are static.
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", TracerWarning)
         model = openvino.convert_model(_Positional(unet), example_input=example)
     model.reshape({port: list(tensor.shape) for port, tensor in zip(model.inputs, example, strict=True)})
     options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}

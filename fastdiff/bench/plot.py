@@ -48,7 +48,7 @@ def draw(results: dict, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, longest * 1.15)
     axes.set_xlabel("time relative to stock's default, timed in turn with it; median, least and greatest of the rounds")
-    axes.xaxis.label.set_size(8)
+    axes.xaxis.label.set_fontsize(8)
     axes.tick_params(axis="x", labelsize=8)
     axes.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):

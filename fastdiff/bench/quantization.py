@@ -17,6 +17,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from torchao.quantization import quantize_
 
+from .. import EMBEDDED_CHECKPOINT
 from ..config import FastConfig
 from ..models.unet import FastUNet2DConditionModel
 from ..pipelines.sdxl import FastStableDiffusionXLPipeline
@@ -74,7 +76,8 @@ def output_errors(
     unet = make_unet().float()
     reference = unet(**step_inputs(unet, settings)).sample
     unet = unet.bfloat16()
-    rows = {"bfloat16": {"error": _distance(unet(**step_inputs(unet, settings)).sample, reference)}}
+    rows: dict[str, dict[str, Any]] = {}
+    rows["bfloat16"] = {"error": _distance(unet(**step_inputs(unet, settings)).sample, reference)}
     for scheme in schemes:
         fast = FastUNet2DConditionModel.from_stock(unet or make_unet())
         unet = None
@@ -97,15 +100,16 @@ def output_errors(
 
 def picture_rows(schemes: tuple[str, ...], count: int, steps: int, batch: int) -> list[dict]:
     """Adherence of the embedded model's pictures by the oracle, and PSNR and SSIM to bfloat16 without quantization."""
-    from ..shapes.training import evaluate
     from ..shapes.captions import caption
+    from ..shapes.training import evaluate
     from ..shapes.training.oracle import judge
 
     scenes = evaluate.held_out_scenes(count)
-    rows, reference = [], []
+    rows: list[dict] = []
+    reference: list = []
     for scheme in ("none", *schemes):
         fast = FastConfig.preset("balanced", dtype=torch.bfloat16, quantization=scheme)
-        pipe = FastStableDiffusionXLPipeline.from_pretrained(evaluate.EMBEDDED_CHECKPOINT, fast=fast)
+        pipe = FastStableDiffusionXLPipeline.from_pretrained(EMBEDDED_CHECKPOINT, fast=fast)
         pipe.set_progress_bar_config(disable=True)
         assert pipe.plan, "fuses, and finds every layer too small"
         layers = 0 if scheme == "none" else apply_quantization(pipe.unet, scheme, min_width=1).taken
@@ -159,6 +163,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="for pictures")
     parser.add_argument("--json", type=Path, help="file to write")
     arguments = parser.parse_args()
+    result: Any
     if arguments.what == "unet":
         settings = Settings(model=SDXL_RANDOM, size=(arguments.size, arguments.size), device="cpu")
         result = output_errors(random_unet, settings, tuple(arguments.schemes))

@@ -146,7 +146,7 @@ def _measure(runner: _Runner, anchors: dict[str, _Runner], progress: tqdm) -> di
         record["times"][name], record["ratios"][name] = times, ratios
         record["errors"][name] = _check(name, runner, anchors[REFERENCE])
     peak = runner.memory.peak()
-    if peak is not None:
+    if peak is not None and runner.held is not None:
         record["memory"] = {"weights": weight_bytes(runner.pipe), "working": max(0, peak - runner.held)}
     record["waits"] = _waits(runner)
     return record

@@ -8,14 +8,17 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
 
 
-def timed(function: Callable[[], object], device: str | torch.device = "cpu") -> tuple[float, object]:
+def timed(function: Callable[[], T], device: str | torch.device = "cpu") -> tuple[float, T]:
     """Seconds that a call takes until the device has finished, and its result."""
     started = time.perf_counter()
     result = function()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ def as_array(result: torch.Tensor | list) -> np.ndarray:
     return np.stack([np.asarray(picture, dtype=np.float32) for picture in result])
 
 
-def step_inputs(unet: nn.Module, settings: Settings) -> dict:
+def step_inputs(unet: Any, settings: Settings) -> dict:
     """Arguments of one call of the UNet: samples with and without guidance, (2 x batch, 4, height / 8, width / 8)."""
     generator = torch.Generator().manual_seed(0)
     batch = 2 * settings.batch

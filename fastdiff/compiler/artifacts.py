@@ -23,6 +23,7 @@ import warnings
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -204,7 +205,7 @@ def _differences(made_for: dict, here: dict) -> str:
     return "; ".join(f"{name} {made_for.get(name)}, not {here.get(name)}" for name in differing)
 
 
-def _refuse(path: str | os.PathLike, reason: str) -> None:
+def _refuse(path: str | os.PathLike, reason: str) -> Any:
     warnings.warn(f"compiled={str(path)!r} is not used: {reason}; {_LOADING}.", RuntimeWarning, stacklevel=2)
 
 

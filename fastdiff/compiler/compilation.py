@@ -87,6 +87,7 @@ def apply_compilation(model: nn.Module, mode: str, device: str | None = None) ->
         return 1
     regions: dict[tuple, SharedRegion] = {}
     blocks, opened = repeated_blocks(model), OpenChannels()
+    block: Any
     for block in blocks:
         if hasattr(block, "output_scale_factor"):
             # A factor of 1 is the same as one of 1.0, but not to the compiler.
@@ -119,18 +120,18 @@ def undo_compilation(model: nn.Module) -> None:
 def expect_new_graphs(model: nn.Module) -> None:
     """Have progress shown again where a compiled model may need other graphs, as after loading an adapter."""
     for module in model.modules():
-        installed = module.__dict__.get(module.__dict__.get("_compiled_method"))
+        installed = module.__dict__.get(module.__dict__.get("_compiled_method", ""))
         # Something else may have wrapped it since.
         if isinstance(region := getattr(installed, "__func__", None), Region):
             region.made.clear()
 
 
-def _install(module: nn.Module, method: str, function: Callable) -> None:
+def _install(module: Any, method: str, function: Callable) -> None:
     setattr(module, method, MethodType(function, module))
     module._compiled_method = method
 
 
-def _roots(model: nn.Module) -> list[tuple[nn.Module, str]]:
+def _roots(model: Any) -> list[tuple[nn.Module, str]]:
     """Where a model's work is done, the first being what full-graph compilation takes."""
     for method in ("denoise", "condition"):
         if hasattr(model, method):
@@ -174,7 +175,7 @@ def _own_code(function: Callable, number: int) -> Callable:
     return copied
 
 
-def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+def repeated_blocks(model: Any) -> list[nn.Module]:
     """The outermost blocks of the classes named in `_repeated_blocks`."""
     found: list[nn.Module] = []
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -123,11 +123,11 @@ class Root:
         regions: what runs inside of it.
     """
 
-    def __init__(self, method: Callable, regions: list[Region]):
+    def __init__(self, method: Callable, regions: Sequence[Region]):
         self._method, self._regions = method, regions
         # With duck shapes, a first picture as wide as high makes one symbol of both, and the second one recompiles.
         # These overrides belong to the thread; made once, as each keeps a context variable for good.
-        self._shapes = torch.fx.experimental._config.patch(use_duck_shape=False)
+        self._shapes = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]  # no stub
         self._limit = torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS)
 
     def __call__(self, module: nn.Module, *args, **kwargs):

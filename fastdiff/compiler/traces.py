@@ -17,6 +17,7 @@ import pickle
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -74,7 +75,7 @@ def install_traces(models: list[nn.Module], data: bytes) -> None:
         _log.info("traces cannot be used", exc_info=error)
 
 
-def _functions(models: Iterable[nn.Module]) -> list[Callable]:
+def _functions(models: Iterable[nn.Module]) -> list[Any]:
     """The functions that torch compiles, in the models' order, each under a name of its own."""
     found: dict[int, Callable] = {}
     for number, model in enumerate(models):
@@ -95,7 +96,7 @@ def _functions(models: Iterable[nn.Module]) -> list[Callable]:
 @contextmanager
 def _kept(models: list[nn.Module]) -> Iterator[None]:
     """Put back what was compiled before, with its graphs."""
-    modules = [module for model in models for module in model.modules() if "_compiled_method" in module.__dict__]
+    modules: list[Any] = [m for model in models for m in model.modules() if "_compiled_method" in m.__dict__]
     before = [(module, module._compiled_method, module.__dict__[module._compiled_method]) for module in modules]
     try:
         yield

@@ -62,7 +62,7 @@ def graph_pools(models: Iterable[nn.Module]) -> list[GraphPool]:
 def _target(model: nn.Module | None) -> tuple[nn.Module, str] | None:
     """Module and method that run on the device alone."""
     for name in ("denoise", "condition"):
-        if hasattr(model, name):
+        if model is not None and hasattr(model, name):
             return model, name
     decoder = getattr(model, "decoder", None)
     return None if decoder is None else (decoder, "forward")

@@ -37,11 +37,12 @@ class GraphedMethod:
 
     _owners = itertools.count()
 
-    def __init__(self, module: nn.Module, name: str, pool: GraphPool, by_address: type):
+    def __init__(self, module: nn.Module, name: str, pool: GraphPool, by_address: type[tuple]):
         self.module, self.name, self.pool, self.by_address = module, name, pool, by_address
         # Compiled code, for example, which `remove_graphs` puts back.
         self.replaced = module.__dict__.get(name)
-        self._owner, self._wiring, self._has_warned = next(self._owners), None, False
+        self._owner, self._has_warned = next(self._owners), False
+        self._wiring: Wiring | None = None
 
     def __deepcopy__(self, memo: dict) -> GraphedMethod:
         twin = copy.copy(self)

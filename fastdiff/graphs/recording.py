@@ -75,7 +75,7 @@ class CudaRecorder:
         """See `Recorder`."""
         graph = torch.cuda.CUDAGraph()
         # Other threads go on allocating meanwhile, which only they may not do in a recording of their own.
-        options = {"pool": self._memory, "stream": self._stream, "capture_error_mode": "thread_local"}
+        options: dict[str, Any] = {"pool": self._memory, "stream": self._stream, "capture_error_mode": "thread_local"}
         try:
             # The outer context: one that fails to end a recording leaves its stream the current one.
             with torch.cuda.stream(torch.cuda.current_stream(self.device)), torch.cuda.graph(graph, **options):

@@ -62,7 +62,7 @@ class InnerBlock(ModelHook):
         return output
 
 
-def apply_deep_cache(unet: nn.Module) -> int:
+def apply_deep_cache(unet: Any) -> int:
     """Have the inner blocks of a UNet rest in the steps between, in calls of pipelines that ask for it.
 
     The UNet may be shared with pipelines that do not. To be called after compiling, which replaces the `forward` that
@@ -98,7 +98,7 @@ def _advance(key: tuple, unet: nn.Module, args: tuple, kwargs: dict) -> None:
         loop.memory.setdefault(key, DeepFeatures()).advance(sample.shape, loop.config.deep_cache_interval)
 
 
-def _inner_blocks(unet: nn.Module) -> list[nn.Module]:
+def _inner_blocks(unet: Any) -> list[nn.Module]:
     """All blocks but those of the outermost level, in the order they run."""
     return [*unet.down_blocks[1:], *([unet.mid_block] if unet.mid_block is not None else []), *unet.up_blocks[:-1]]
 

@@ -28,6 +28,7 @@ def apply_guidance_interval(unet: nn.Module, controlnets: list[nn.Module]) -> No
 
     The models may be shared with pipelines that do not: which steps are unguided is read from the running call.
     """
+    model: Any
     for model in (unet, *controlnets):
         if "_guidance_hooks" in model.__dict__:
             continue
@@ -48,8 +49,9 @@ def warmup_steps(interval: tuple[float, float]) -> int:
 
 def _unguided_loop(kwargs: dict) -> DenoisingLoop | None:
     loop = current_loop()
-    interval = loop.config.guidance_interval if loop is not None else None
-    if interval is None or interval[0] <= loop.fraction < interval[1] or not loop.is_guided:
+    if loop is None or (interval := loop.config.guidance_interval) is None:
+        return None
+    if interval[0] <= loop.fraction < interval[1] or not loop.is_guided:
         return None
     # In guess mode a ControlNet gets the conditional half alone.
     return None if kwargs.get("guess_mode") else loop

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
@@ -123,7 +124,7 @@ class FastAttention(Attention):
             self.fuse()
         return result
 
-    def _parts(self) -> list[nn.Module]:
+    def _parts(self) -> list[Any]:
         """The separate projections; none when `to_qkv` has taken their place."""
         return [getattr(self, name) for name in _PARTS if hasattr(self, name)]
 
@@ -142,7 +143,8 @@ def apply_fusion(module: nn.Module, enabled: bool) -> tuple[int, dict[str, int]]
     Returns:
         The number of fused layers, and for the self-attention layers left separate how many for which reason.
     """
-    fused, left = 0, {}
+    fused = 0
+    left: dict[str, int] = {}
     for attn in _attentions(module):
         if not isinstance(attn, FastAttention) or attn.is_cross_attention:
             continue
@@ -151,7 +153,7 @@ def apply_fusion(module: nn.Module, enabled: bool) -> tuple[int, dict[str, int]]
         elif attn.fuse():
             fused += 1
         else:
-            reason = attn.why_not_fused()
+            reason = attn.why_not_fused() or ""
             left[reason] = left.get(reason, 0) + 1
     return fused, left
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -35,7 +35,7 @@ def share_weights(module: nn.Module, stock: type[nn.Module], fast: type[M]) -> M
     if type(module) is not stock:
         raise TypeError(f"{fast.__qualname__}.from_stock takes a {stock.__name__}, not a {type(module).__name__}.")
     kept = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
-    twin = copy.deepcopy(module, kept)
+    twin: Any = copy.deepcopy(module, kept)
     twin.__class__ = fast
     twin.shares_weights_with = weakref.ref(module)
     return twin

@@ -28,7 +28,8 @@ def apply_channels_last(model: nn.Module, enabled: bool) -> None:
             module.__class__ = ChannelsLastTransformer2DModel
         elif not enabled and type(module) is ChannelsLastTransformer2DModel:
             module.__class__ = Transformer2DModel
-    model.to(memory_format=torch.channels_last if enabled else torch.contiguous_format)
+    wanted = torch.channels_last if enabled else torch.contiguous_format
+    model.to(memory_format=wanted)  # type: ignore[call-overload]  # torch's stubs ask for keywords of other overloads too
 
 
 def _as_picture(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -47,7 +47,7 @@ class FusedQKVAttnProcessor(AttnProcessor2_0):
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
         padding_mask = None
-        if cached:
+        if isinstance(encoder_hidden_states, ContextKV):
             query = attn.to_q(hidden_states)
             key, value, padding_mask = encoder_hidden_states
         else:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .attention import apply_fusion
 
+# To a type checker the stock class that the mixin comes before, whatever it is.
+_Stock: Any = object
 
-class FusedProjectionsMixin:
+
+class FusedProjectionsMixin(_Stock):
     """diffusers' methods over `FastAttention`. Mixed in before a stock model class.
 
     Whether fused projections are wanted outlives what takes them apart for a while: another processor, an adapter.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -16,8 +17,11 @@ from ..weights import load_quantized, quantized_scheme_of
 from . import checkpoints
 from .components import convert_component
 
+# To a type checker the stock class that the mixin comes before.
+_Stock: Any = object
 
-class FastLoadingMixin:
+
+class FastLoadingMixin(_Stock):
     """`from_pretrained`, `from_single_file` and `from_pipe` with the arguments `fast` and `compiled`."""
 
     @classmethod
@@ -122,7 +126,7 @@ class FastLoadingMixin:
         source = {**pipeline.config, **pipeline.components}
         arguments = {name: source[name] for name in [*required, *options] if name in source}
         arguments.update(kwargs, fast=fast)
-        unet = arguments.get("unet")
+        unet: Any = arguments.get("unet")
         if type(unet) is UNet2DConditionModel and (hasattr(unet, "_hf_hook") or inner_offloading(unet)):
             raise ValueError(
                 "from_pipe cannot share weights that are offloaded: make the fast pipeline first and switch offloading "

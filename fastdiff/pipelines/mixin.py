@@ -9,6 +9,7 @@ import threading
 import warnings
 import weakref
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
@@ -49,11 +50,13 @@ class FastPipelineMixin(WarmupMixin, FastLoadingMixin):
     Mixed in before a stock pipeline class, whose `__call__` runs unchanged.
     """
 
-    def __init_subclass__(cls, **kwargs):
+    image_processor: Any
+
+    def __init_subclass__(cls: Any, **kwargs):
         super().__init_subclass__(**kwargs)
         # diffusers reads the constructor's signature to tell components from options; the subclass shows that of
         # its stock class with `fast` added.
-        stock_init = next(base.__init__ for base in cls.__mro__[1:] if not issubclass(FastPipelineMixin, base))
+        stock_init: Any = next(base.__init__ for base in cls.__mro__[1:] if not issubclass(FastPipelineMixin, base))
         signature = inspect.signature(stock_init)
         option = inspect.Parameter(
             "fast", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="FastConfig | str | None"
@@ -69,7 +72,8 @@ class FastPipelineMixin(WarmupMixin, FastLoadingMixin):
             stock_init(*bound.args, **bound.kwargs)
             self._init_fast(config)
 
-        __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])
+        parameters = [*signature.parameters.values(), option]
+        __init__.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # for `inspect`
         cls.__init__ = __init__
 
         @functools.wraps(super(FastPipelineMixin, cls).__call__)
@@ -82,10 +86,10 @@ class FastPipelineMixin(WarmupMixin, FastLoadingMixin):
     def _init_fast(self, config: FastConfig) -> None:
         self.fast_config = config
         self._calls = _Calls()
-        self._owner = None
+        self._owner: weakref.ref[FastPipelineMixin] | None = None
         # Stock sets it when a call begins; a call on a view may come before the first on the pipeline itself.
         self._interrupt = False
-        self._plan: list[PlanStep] | None = None
+        self._plan: list[PlanStep] = []
         self._plan_key: tuple | None = None
         self._unread: FiniteCheck | None = None
         if not config.is_off and type(self.image_processor) is VaeImageProcessor:

@@ -40,8 +40,8 @@ def encode_together(encode_prompt: Callable, zero_for_none: bool, args: tuple, k
     negative = given["negative_prompt"] or ""
     texts = [given["prompt"], given["prompt_2"] or given["prompt"], negative, given["negative_prompt_2"] or negative]
     count = 1 if isinstance(texts[0], str) else len(texts[0] or ())
-    lists = [_as_list(text, count, repeat=index > 1) for index, text in enumerate(texts)]
-    if not count or None in lists:
+    lists = [one for i, text in enumerate(texts) if (one := _as_list(text, count, repeat=i > 1)) is not None]
+    if not count or len(lists) < len(texts):
         return None
     prompt, prompt_2, negative, negative_2 = lists
     changed = {
@@ -65,4 +65,5 @@ def _as_list(text: Any, count: int, repeat: bool) -> list[str] | None:
 
 def _halves(joined: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # Copies: upstream's are tensors of their own, which callers may edit in place.
-    return tuple(half.clone() for half in joined.chunk(2))
+    first, second = joined.chunk(2)
+    return first.clone(), second.clone()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterable
+from typing import Any
 
 from PIL import Image
 from tqdm.auto import tqdm
@@ -12,8 +13,11 @@ from tqdm.auto import tqdm
 from ..compiler import Artifacts, CompileProgress, artifact_key, choose_compile, record_traces, save_artifacts
 from ..lossy import warmup_steps
 
+# To a type checker the pipeline that the mixin is part of.
+_Pipeline: Any = object
 
-class WarmupMixin:
+
+class WarmupMixin(_Pipeline):
     """`warmup` and `save_compiled` of a fast pipeline."""
 
     _artifacts: Artifacts | None = None

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from importlib import resources
-from typing import Literal
+from typing import Any, Literal
 
 from fastapi import FastAPI, HTTPException, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
@@ -120,25 +120,26 @@ def make_app(
         redoc_url=None,
     )
     app.add_middleware(Gate, digest=digest, hosts=hosts)
-    app.add_exception_handler(RequestValidationError, _explain_invalid)
-    refusals = {status: {"model": Refusal} for status in (400, 408, 413)}
+    app.exception_handler(RequestValidationError)(_explain_invalid)
+    refusals: dict[int | str, dict[str, Any]] = {status: {"model": Refusal} for status in (400, 408, 413)}
     key = []
     if digest is not None:  # Gate checks the key; these are for the description.
         key = [Security(HTTPBearer(auto_error=False))]
         refusals[401] = {"model": Refusal}
     # Only the event loop touches these.
-    load = {"requests": 0, "seconds": 1.0}
+    waiting, seconds = 0, 1.0
     page = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
 
-    async def generate(body: request_model(limits)) -> Response:
-        if load["requests"] >= limits.queue:
+    async def generate(body: request_model(limits)) -> Response:  # type: ignore[valid-type]  # made for this server
+        nonlocal waiting, seconds
+        if waiting >= limits.queue:
             # By the time a picture takes now, those that are waiting have been drawn.
-            wait = str(min(60, max(1, math.ceil(load["seconds"]))))
+            wait = str(min(60, max(1, math.ceil(seconds))))
             detail = f"{limits.queue} requests are waiting; try again in {wait} s"
             raise HTTPException(429, detail, {"Retry-After": wait})
         seed = secrets.randbits(32) if body.seed is None else body.seed
         request = PictureRequest(**{**body.model_dump(exclude={"output"}), "seed": seed})
-        load["requests"] += 1
+        waiting += 1
         started = asyncio.get_running_loop().time()
         try:
             drawn = await asyncio.wait_for(draw(request), limits.timeout)
@@ -147,8 +148,8 @@ def make_app(
         except NoWorker as error:
             raise HTTPException(503, str(error), {"Retry-After": "10"}) from error
         finally:
-            load["requests"] -= 1
-            load["seconds"] += 0.2 * (asyncio.get_running_loop().time() - started - load["seconds"])
+            waiting -= 1
+            seconds += 0.2 * (asyncio.get_running_loop().time() - started - seconds)
         if body.output == "png":
             headers = {"X-Seed": str(seed), "X-Size": drawn.size, "X-Seconds": f"{drawn.seconds:.3f}"}
             return Response(drawn.png, media_type="image/png", headers=headers)
@@ -185,7 +186,7 @@ def make_app(
         workers = await count_workers()
         if not workers:
             response.status_code = 503
-        return Health(status="ok" if workers else "no worker", workers=workers, requests=load["requests"])
+        return Health(status="ok" if workers else "no worker", workers=workers, requests=waiting)
 
     @app.get(
         "/metrics",

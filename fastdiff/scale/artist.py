@@ -95,7 +95,7 @@ class Artist:
             height=height,
             num_inference_steps=first.steps,
             guidance_scale=first.guidance,
-            generator=[torch.Generator("cpu").manual_seed(request.seed) for request in requests],
+            generator=[torch.Generator("cpu").manual_seed(r.seed) for r in requests],  # type: ignore[arg-type]  # set
             callback_on_step_end=stop_unless_wanted,
             output_type=output_type,
         ).images

@@ -50,9 +50,10 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
+        refusal: JSONResponse | None
         if self._hosts is not None and _host_name(headers) not in self._hosts:
             refusal = _refuse(400, f"unknown Host; this server answers to {', '.join(sorted(self._hosts))}")
-        elif self._digest is not None and scope["path"] not in _OPEN_PATHS and not self._has_key(headers):
+        elif scope["path"] not in _OPEN_PATHS and not self._has_key(headers):
             detail = "send the API key as 'Authorization: Bearer KEY'"
             refusal = _refuse(401, detail, {"WWW-Authenticate": "Bearer"})
         else:
@@ -71,6 +72,8 @@ class Gate:
         await self._app(scope, replay, send)
 
     def _has_key(self, headers: dict[bytes, bytes]) -> bool:
+        if self._digest is None:
+            return True
         scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
         return scheme.lower() == "bearer" and hmac.compare_digest(key_digest(key.strip()), self._digest)
 

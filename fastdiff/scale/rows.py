@@ -53,7 +53,8 @@ def read_rows(path: Path, settings: dict) -> list[Row]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{str(path)!r} cannot be read: {error}") from error
-    rows, wrong, seen = [], [], Counter()
+    rows, wrong = [], []
+    seen: Counter[str] = Counter()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -80,15 +80,16 @@ def _door(limits: Limits, digest: bytes | None, hosts: frozenset[str] | None) ->
 
 def _painter_count() -> Callable:
     """A function that counts running painters, and asks Serve once a second however often it is called."""
-    asking, known = asyncio.Lock(), {"count": 0, "until": 0.0}
+    asking, known, until = asyncio.Lock(), 0, 0.0
 
     async def count() -> int:
+        nonlocal known, until
         async with asking:
-            if time.monotonic() >= known["until"]:
+            if time.monotonic() >= until:
                 application = (await asyncio.to_thread(serve.status)).applications[_APPLICATION]
-                known["count"] = application.deployments[_PAINTER].replica_states.get(_RUNNING, 0)
-                known["until"] = time.monotonic() + 1
-        return known["count"]
+                known = application.deployments[_PAINTER].replica_states.get(_RUNNING, 0)
+                until = time.monotonic() + 1
+        return known
 
     return count
 

@@ -76,14 +76,14 @@ class HostSchedule:
         """Bring a timestep given on the device to the host. That waits, as any reading of it would."""
         return timestep.cpu() if isinstance(timestep, torch.Tensor) else timestep
 
-    def __reduce_ex__(self, protocol: int) -> Any:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         # pickle finds classes by name, and the name is the stock one.
         if type(self) is not _TWINS.get(self._stock):
             return super().__reduce_ex__(protocol)
         return _blank_twin, (self._stock,), self.__dict__
 
 
-_TWINS: dict[type, type] = {}
+_TWINS: dict[type, Any] = {}
 """Stock class to fast class, filled by `keeps_schedule_on_host`."""
 
 
@@ -95,7 +95,7 @@ def _blank_twin(stock: type) -> HostSchedule:
 def keeps_schedule_on_host(stock: type[SchedulerMixin]) -> Callable[[T], T]:
     """Class decorator: wrap the stock methods that touch the schedule; diffusers reads their signatures."""
 
-    def convert(cls: T) -> T:
+    def convert(cls: Any) -> Any:
         cls._stock = stock
         for name, wrap in _WRAPPERS.items():
             if hasattr(stock, name):

@@ -57,9 +57,8 @@ def guided_step(
     unconditional, conditional = noise_pred.chunk(2)
     model_output = unconditional + guidance_scale * (conditional - unconditional)
     terms = [term.to(torch.float32) for term in (model_output, sample, *history)]
-    following, *kept = [
-        sum(weight * term for weight, term in zip(row, terms, strict=True)) for row in weights.sums
-    ]
+    sums: list[Any] = [sum(w * term for w, term in zip(row, terms, strict=True)) for row in weights.sums]
+    following, *kept = sums
     if noise is not None:
         following = following + weights.noise * noise.to(torch.float32)
     return following.to(noise_pred.dtype), tuple(kept)

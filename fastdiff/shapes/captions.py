@@ -98,8 +98,8 @@ def sample_scene(rng: random.Random, held_out: bool = False, two_things: float =
 
 def caption(scene: Scene, rng: random.Random | None = None) -> str:
     """The scene in words: the canonical sentence, or with `rng` one of its looser wordings."""
-    loose = rng is not None and rng.random() < 0.3
-    terse = loose and rng.random() < 0.5
+    loose = rng if rng is not None and rng.random() < 0.3 else None
+    terse = loose is not None and loose.random() < 0.5
     article = "" if terse else "a "
     joint = ", " if terse else f" on {article}"
     if scene.relation is not None:
@@ -111,11 +111,11 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
             place = POSITIONS[thing.position]
             joint = f" {place.rsplit(' ', 1)[0]}, " if terse else f" {place} a "
         text = f"{_noun_phrase(thing, terse)}{joint}{scene.background} background"
-    if loose and not terse:
-        text = f"{rng.choice(OPENINGS)} {text}"
-    if loose:
+    if loose is not None and not terse:
+        text = f"{loose.choice(OPENINGS)} {text}"
+    if loose is not None:
         for word, plain in SYNONYMS.items():
-            if rng.random() < 0.5:
+            if loose.random() < 0.5:
                 text = re.sub(rf"\b{plain}\b", word, text)
     return text
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import FeedForward
@@ -34,6 +36,7 @@ class Int8Linear(nn.Linear):
     """
 
     _parts = 1
+    weight_scale: torch.Tensor
 
     @classmethod
     @torch.no_grad()
@@ -44,7 +47,7 @@ class Int8Linear(nn.Linear):
 
     @classmethod
     @torch.no_grad()
-    def restore(cls, layer: nn.Linear, weight: torch.Tensor, scale: torch.Tensor) -> None:
+    def restore(cls, layer: Any, weight: torch.Tensor, scale: torch.Tensor) -> None:
         """Make a linear layer an int8 one in place.
 
         Args:
@@ -63,7 +66,7 @@ class Int8Linear(nn.Linear):
             self._parameters[f"packed_{index}"] = nn.Parameter(packed, requires_grad=False)
         self.__dict__["weight_scale"] = scale.float().contiguous()
 
-    def packed_parts(self) -> list[torch.Tensor]:
+    def packed_parts(self) -> list[Any]:
         """The packed weights."""
         return [self._parameters[f"packed_{index}"] for index in range(self._parts)]
 
@@ -93,7 +96,7 @@ class Int8Linear(nn.Linear):
         return products[0] if self._parts == 1 else torch.cat(products, dim=-1)
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> nn.Parameter:  # type: ignore[override]  # what stands in its place is never there
         """Not there any more.
 
         Raises:
@@ -189,6 +192,7 @@ class Int8FeedForward(FeedForward):
 
 def convert_feed_forward(model: nn.Module) -> None:
     """Make those feed-forward layers of a model `Int8FeedForward` whose both products are int8."""
+    module: Any
     for module in model.modules():
         if type(module) is FeedForward and type(module.net[0]) is Int8GEGLU and type(module.net[-1]) is Int8Linear:
             module.__class__ = Int8FeedForward

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.models.activations import GEGLU
 from torch import nn
@@ -19,7 +21,7 @@ _MIN_WEIGHTS = 16_384
 _BLOCK = 64
 
 
-def is_packable(layer: nn.Module) -> bool:
+def is_packable(layer: Any) -> bool:
     """Whether a layer is plain, large enough, and one that oneDNN has a fast kernel for."""
     if type(layer) not in (nn.Linear, nn.Conv2d) or layer.weight.numel() < _MIN_WEIGHTS:
         return False
@@ -38,7 +40,11 @@ def _is_channels_last(convolution: nn.Conv2d) -> bool:
     return convolution.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-class Packed:
+# To a type checker the layer that the mixin comes before, whatever it is.
+_Layer: Any = object
+
+
+class Packed(_Layer):
     """A layer that holds its weight in oneDNN's layout, and turns back into what it was when the weight is asked for.
 
     So whatever edits, merges, moves, casts or differentiates the weight works on a plain layer, as in stock, and the
@@ -46,12 +52,13 @@ class Packed:
     copies for as long as it takes.
     """
 
-    _plain: type[nn.Module]
-    _packed_names = ("packed_weight",)
+    _plain: type
+    _parameters: dict[str, Any]
+    _packed_names: tuple[str, ...] = ("packed_weight",)
 
     @classmethod
     @torch.no_grad()
-    def pack(cls, layer: nn.Module) -> None:
+    def pack(cls, layer: Any) -> None:
         """Pack a plain layer in place."""
         weight, others = layer.weight, {name: p for name, p in layer._parameters.items() if name != "weight"}
         packed = [nn.Parameter(p, requires_grad=weight.requires_grad) for p in cls._pack_weight(layer, weight.detach())]
@@ -67,7 +74,7 @@ class Packed:
         self.__class__ = self._plain
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Any:
         """The plain weight. Asking for it ends packing: it may be about to be edited."""
         self.unpack()
         return self.weight
@@ -127,7 +134,7 @@ class Packed:
         return deepcopy_sharing(self, self._packed(), memo)
 
 
-class PackedLinear(Packed, nn.Linear):
+class PackedLinear(Packed, nn.Linear):  # type: ignore[override]  # `weight` is set by `__setattr__`
     """`nn.Linear` over a packed weight."""
 
     _plain = nn.Linear
@@ -143,7 +150,7 @@ class PackedLinear(Packed, nn.Linear):
         return _linear(input, self.packed_weight, self.bias, "none", [], "")
 
 
-class PackedConv2d(Packed, nn.Conv2d):
+class PackedConv2d(Packed, nn.Conv2d):  # type: ignore[override]  # `weight` is set by `__setattr__`
     """`nn.Conv2d` over a packed weight; returns channels_last."""
 
     _plain = nn.Conv2d

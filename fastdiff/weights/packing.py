@@ -92,7 +92,7 @@ def count_packed(model: nn.Module) -> int:
 
 
 def _pack_linears(transformer: Transformer2DModel) -> None:
-    dormant = set()
+    dormant: set[int] = set()
     for module in transformer.modules():
         if isinstance(module, BaseTunerLayer):
             # Adapters are small and get edited; what they wrap is not.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
@@ -68,8 +69,9 @@ def apply_quantization(
     after = sum(weight_bytes(layer) for layer in layers.values())
     done = Quantized(scheme, len(layers), left, before, after, model_before, weight_bytes(model), reason)
     if layers:
-        model.quantized = done
-        model.save_pretrained = functools.partial(save_quantized, model)
+        marked: Any = model
+        marked.quantized = done
+        marked.save_pretrained = functools.partial(save_quantized, model)
     return done
 
 
@@ -78,7 +80,8 @@ def plain_layers(
 ) -> tuple[dict[str, nn.Linear], dict[str, int]]:
     """The layers that a scheme takes, by name, and how many linear layers it leaves, by reason."""
     is_large = _size_filter(scheme, model) if min_width is None else lambda layer: _width(layer) >= min_width
-    taken, left = {}, {}
+    taken: dict[str, nn.Linear] = {}
+    left: dict[str, int] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue

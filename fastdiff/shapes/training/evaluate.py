@@ -70,7 +70,7 @@ def load_variant(variant: str, model: str, device: str) -> DiffusionPipeline:
 def parse_variant(variant: str) -> tuple[str, dict[str, object]]:
     """Split `name:field=value,field=value`; values are Python literals, dtypes of torch, or plain words."""
     name, _, rest = variant.partition(":")
-    fields: dict[str, object] = {}
+    fields: dict[str, str] = {}
     # A comma inside a pair such as (0.1, 0.8) belongs to the value: a new field starts only at `name=`.
     for part in rest.replace(" ", "").split(",") if rest else ():
         key, found, value = part.partition("=")

@@ -42,7 +42,7 @@ def run_stage(stage: Stage, work_dir: Path, deadline: float, device: torch.devic
     """
     path = work_dir / f"{stage.name}.pt"
     modules = stage.modules()
-    parameters = [parameter for module in modules for parameter in module.parameters()]
+    parameters: list[Tensor] = [parameter for module in modules for parameter in module.parameters()]
     average = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
     step = 0
