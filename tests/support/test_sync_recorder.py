@@ -79,7 +79,7 @@ def test_finds_waits(case):
     with SyncRecorder() as recorder:
         code(recorder.on_device(torch.tensor([1.0, 2.0, 3.0])))
     assert [event.name for event in recorder.waits()] == expected
-    assert all(event.where.startswith("tests/test_sync_recorder.py:") for event in recorder.events)
+    assert all(event.where.startswith("tests/support/test_sync_recorder.py:") for event in recorder.events)
 
 
 @pytest.mark.parametrize("case", NOT_WAITING)
