@@ -4,7 +4,7 @@ The newest file of each theme counts: `attention_*.json` (pytest-benchmark, the 
 bench` and `benchmarks/gpu.py`, one for each hardware, size and batch), `lossy_*.json` (pytest-benchmark, loops with
 lossy options), `quantization_*.json` (`python -m fastdiff.bench.quantization` and its benchmark), `compile_*.json` and
 `cold-start_*.json` (pytest-benchmark, compiling and saved code), `shapes_*.json` (`python -m
-fastdiff.shapes.evaluate`). What is not there is left out.
+fastdiff.shapes.training.evaluate`). What is not there is left out.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Run on an otherwise idle machine:
 
 What the options cost in prompt adherence is measured on the embedded checkpoint, 200 held-out captions:
 
-    python -m fastdiff.shapes.evaluate --json lossy.json --variants stock exact \
+    python -m fastdiff.shapes.training.evaluate --json lossy.json --variants stock exact \
         "exact:guidance_interval=(0.1,0.8)" "exact:guidance_interval=(0.0,0.5)" \
         "exact:deep_cache_interval=2" "exact:deep_cache_interval=3" \
         "exact:guidance_interval=(0.1,0.8),deep_cache_interval=2"

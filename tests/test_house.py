@@ -84,3 +84,11 @@ def test_modules_are_short(module):
 
 def test_every_room_is_known():
     assert {room(module) for module in MODULES} - {"__init__"} == set(MAY_IMPORT)
+
+
+def test_every_room_is_shown_to_contributors():
+    shown = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    entries = {f"{path.name}/" for path in HOUSE.iterdir() if (path / "__init__.py").exists()}
+    entries |= {path.name for path in HOUSE.glob("[!_]*.py")}
+    missing = {entry for entry in entries if f"  {entry}" not in shown and f", {entry}" not in shown}
+    assert not missing, f"CONTRIBUTING.md, 'The house', has no line for {', '.join(sorted(missing))}"

@@ -1,31 +1,10 @@
-"""Schedulers that never make the host wait for the device: one fast class per stock class of diffusers.
+"""Schedulers that never make the host wait for the device: one fast class per stock class of diffusers, in `twins.py`.
 
 May import no other room.
 """
 
+from .host import FAST_CLASSES
 from .linear import StepWeights, guided_step
-from .twins import (
-    FastDDIMScheduler,
-    FastDPMSolverMultistepScheduler,
-    FastEulerAncestralDiscreteScheduler,
-    FastEulerDiscreteScheduler,
-    FastHeunDiscreteScheduler,
-    FastLCMScheduler,
-    FastTCDScheduler,
-    FastUniPCMultistepScheduler,
-    fast_scheduler,
-)
+from .twins import fast_scheduler
 
-__all__ = [
-    "FastDDIMScheduler",
-    "FastDPMSolverMultistepScheduler",
-    "FastEulerAncestralDiscreteScheduler",
-    "FastEulerDiscreteScheduler",
-    "FastHeunDiscreteScheduler",
-    "FastLCMScheduler",
-    "FastTCDScheduler",
-    "FastUniPCMultistepScheduler",
-    "StepWeights",
-    "fast_scheduler",
-    "guided_step",
-]
+__all__ = ["FAST_CLASSES", "StepWeights", "fast_scheduler", "guided_step"]

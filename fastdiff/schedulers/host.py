@@ -78,17 +78,17 @@ class HostSchedule:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # pickle finds classes by name, and the name is the stock one.
-        if type(self) is not _TWINS.get(self._stock):
+        if type(self) is not FAST_CLASSES.get(self._stock):
             return super().__reduce_ex__(protocol)
         return _blank_twin, (self._stock,), self.__dict__
 
 
-_TWINS: dict[type, Any] = {}
-"""Stock class to fast class, filled by `keeps_schedule_on_host`."""
+FAST_CLASSES: dict[type, Any] = {}
+"""Each stock class with its fast class, filled by `keeps_schedule_on_host`."""
 
 
 def _blank_twin(stock: type) -> HostSchedule:
-    twin = _TWINS[stock]
+    twin = FAST_CLASSES[stock]
     return twin.__new__(twin)
 
 
@@ -100,7 +100,7 @@ def keeps_schedule_on_host(stock: type[SchedulerMixin]) -> Callable[[T], T]:
         for name, wrap in _WRAPPERS.items():
             if hasattr(stock, name):
                 setattr(cls, name, functools.wraps(getattr(stock, name))(wrap(getattr(stock, name))))
-        _TWINS[stock] = stands_in_for(stock)(cls)
+        FAST_CLASSES[stock] = stands_in_for(stock)(cls)
         return cls
 
     return convert

@@ -15,7 +15,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from .host import _TWINS, HostSchedule, keeps_schedule_on_host
+from .host import FAST_CLASSES, HostSchedule, keeps_schedule_on_host
 from .modes import ScalarsOnHost
 
 
@@ -95,5 +95,5 @@ def fast_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
         A fast scheduler, or `scheduler` itself if it is a fast one, of a class without a fast twin, or of a
         subclass of a stock class.
     """
-    twin = _TWINS.get(type(scheduler))
+    twin = FAST_CLASSES.get(type(scheduler))
     return scheduler if twin is None else twin.from_stock(scheduler)

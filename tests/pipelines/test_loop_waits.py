@@ -9,19 +9,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    LCMScheduler,
-    StableDiffusionXLImg2ImgPipeline,
-    TCDScheduler,
-    UniPCMultistepScheduler,
-)
+from diffusers import StableDiffusionXLImg2ImgPipeline
 from support.embedded import draw, load_fast, load_stock
+from support.scheduler_runs import EIGHT
 from support.sync_recorder import SyncRecorder
 from support.tape_recorder import TapeRecorder
 
@@ -30,16 +20,6 @@ from fastdiff import FastConfig, fast_scheduler
 from fastdiff.graphs import GraphPool, apply_graphs, remove_graphs
 from fastdiff.models.context import ContextKV
 
-EIGHT = [
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    LCMScheduler,
-    TCDScheduler,
-    UniPCMultistepScheduler,
-]
 STEPS = 4
 SDXL = {
     **{"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
@@ -48,26 +28,26 @@ SDXL = {
 
 # What stock diffusers 0.42.1 waits for in the loop of 4 steps: "file:line" and how often.
 KNOWN_IN_LOOP = {
-    EulerDiscreteScheduler: {},
-    EulerAncestralDiscreteScheduler: {},
-    HeunDiscreteScheduler: {},
-    DPMSolverMultistepScheduler: {},
-    DDIMScheduler: {
+    diffusers.EulerDiscreteScheduler: {},
+    diffusers.EulerAncestralDiscreteScheduler: {},
+    diffusers.HeunDiscreteScheduler: {},
+    diffusers.DPMSolverMultistepScheduler: {},
+    diffusers.DDIMScheduler: {
         "scheduling_ddim.py:281": 4,
         "scheduling_ddim.py:282": 7,
         "scheduling_ddim.py:448": 4,
         "scheduling_ddim.py:449": 7,
     },
-    LCMScheduler: {"scheduling_lcm.py:614": 4, "scheduling_lcm.py:615": 8},
-    TCDScheduler: {"scheduling_tcd.py:648": 4, "scheduling_tcd.py:651": 6, "scheduling_tcd.py:653": 3},
-    UniPCMultistepScheduler: {
+    diffusers.LCMScheduler: {"scheduling_lcm.py:614": 4, "scheduling_lcm.py:615": 8},
+    diffusers.TCDScheduler: {"scheduling_tcd.py:648": 4, "scheduling_tcd.py:651": 6, "scheduling_tcd.py:653": 3},
+    diffusers.UniPCMultistepScheduler: {
         "scheduling_unipc_multistep.py:886": 8,
         "scheduling_unipc_multistep.py:900": 2,
         "scheduling_unipc_multistep.py:1021": 6,
         "scheduling_unipc_multistep.py:1035": 2,
         "scheduling_unipc_multistep.py:1078": 2,
     },
-    DDPMScheduler: {
+    diffusers.DDPMScheduler: {
         "scheduling_ddpm.py:381": 4,
         "scheduling_ddpm.py:382": 6,
         "scheduling_ddpm.py:503": 4,
@@ -156,7 +136,7 @@ def test_recorder_finds_the_known_waits_of_the_stock_loop(stock_on_device, sched
 @of_stock_0_42_1
 def test_recorder_finds_the_known_waits_of_stock_outside_of_the_loop(stock_on_device):
     generator = torch.Generator().manual_seed(0)
-    with_scheduler(stock_on_device, EulerDiscreteScheduler)
+    with_scheduler(stock_on_device, diffusers.EulerDiscreteScheduler)
     recorder, _ = record(stock_on_device, generator=generator, denoising_end=0.5)
     assert count(recorder.waits("before")) == KNOWN_BEFORE_LOOP
 
@@ -168,16 +148,20 @@ def check_no_wait_in_loop(recorder):
     assert recorder.copies("after") == []
 
 
-@pytest.mark.parametrize("options", [{}, {"denoising_end": 0.5}], ids=["text-to-image", "denoising_end"])
-@pytest.mark.parametrize("scheduler", EIGHT, ids=lambda cls: cls.__name__)
-def test_fast_loop_never_waits(stock, fast_on_device, scheduler, options):
+def check_fast_loop(stock, fast, scheduler, options):
     expected = run(with_scheduler(stock, scheduler), **options)
-    with_scheduler(fast_on_device, scheduler)
-    fast_on_device.scheduler = fast_scheduler(fast_on_device.scheduler)
-    recorder, image = record(fast_on_device, **options)
+    with_scheduler(fast, scheduler)
+    fast.scheduler = fast_scheduler(fast.scheduler)
+    recorder, image = record(fast, **options)
     check_no_wait_in_loop(recorder)
     assert not any(event.where.startswith("diffusers/schedulers") for event in recorder.events)
     assert abs(image - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("options", [{}, {"denoising_end": 0.5}], ids=["text-to-image", "denoising_end"])
+@pytest.mark.parametrize("scheduler", EIGHT, ids=lambda cls: cls.__name__)
+def test_fast_loop_never_waits(stock, fast_on_device, scheduler, options):
+    check_fast_loop(stock, fast_on_device, scheduler, options)
 
 
 @pytest.mark.parametrize("scheduler", EIGHT, ids=lambda cls: cls.__name__)
@@ -186,27 +170,21 @@ def test_fast_image_to_image_loop_never_waits(stock, fast_img2img_on_device, sch
     options |= {"width": None, "height": None}
     stock_img2img = StableDiffusionXLImg2ImgPipeline(**stock.components)
     stock_img2img.set_progress_bar_config(disable=True)
-    expected = run(with_scheduler(stock_img2img, scheduler), **options)
-    with_scheduler(fast_img2img_on_device, scheduler)
-    fast_img2img_on_device.scheduler = fast_scheduler(fast_img2img_on_device.scheduler)
-    recorder, image = record(fast_img2img_on_device, **options)
-    check_no_wait_in_loop(recorder)
-    assert not any(event.where.startswith("diffusers/schedulers") for event in recorder.events)
-    assert abs(image - expected).max() < 1e-4
+    check_fast_loop(stock_img2img, fast_img2img_on_device, scheduler, options)
 
 
 @pytest.mark.parametrize(
     ("scheduler", "eta"),
     [
-        (EulerAncestralDiscreteScheduler, 0.0),
-        (LCMScheduler, 0.0),
-        (TCDScheduler, 0.5),
-        (DDIMScheduler, 0.5),
-        (DPMSolverMultistepScheduler, 0.0),
+        (diffusers.EulerAncestralDiscreteScheduler, 0.0),
+        (diffusers.LCMScheduler, 0.0),
+        (diffusers.TCDScheduler, 0.5),
+        (diffusers.DDIMScheduler, 0.5),
+        (diffusers.DPMSolverMultistepScheduler, 0.0),
     ],
 )
 def test_noise_from_a_cpu_generator_is_copied_without_a_wait(stock, fast_on_device, scheduler, eta):
-    options = {"algorithm_type": "sde-dpmsolver++"} if scheduler is DPMSolverMultistepScheduler else {}
+    options = {"algorithm_type": "sde-dpmsolver++"} if scheduler is diffusers.DPMSolverMultistepScheduler else {}
     expected = run(
         with_scheduler(stock, scheduler, **options), generator=torch.Generator().manual_seed(1), eta=eta
     )
@@ -221,8 +199,8 @@ def test_noise_from_a_cpu_generator_is_copied_without_a_wait(stock, fast_on_devi
 @pytest.mark.parametrize("count", [1, 2])
 def test_pictures_leave_the_device_in_one_copy_and_one_wait(stock, fast_on_device, count):
     options = {"output_type": "pil", "num_images_per_prompt": count}
-    expected = run(with_scheduler(stock, EulerDiscreteScheduler), **options)
-    with_scheduler(fast_on_device, EulerDiscreteScheduler)
+    expected = run(with_scheduler(stock, diffusers.EulerDiscreteScheduler), **options)
+    with_scheduler(fast_on_device, diffusers.EulerDiscreteScheduler)
     fast_on_device.scheduler = fast_scheduler(fast_on_device.scheduler)
     recorder, pictures = record(fast_on_device, **options)
     assert [event.name for event in recorder.waits("after")] == ["synchronize"]
@@ -238,8 +216,8 @@ def test_pictures_leave_the_device_in_one_copy_and_one_wait(stock, fast_on_devic
 
 
 def test_loop_with_graphs_never_waits(stock, fast_on_device):
-    expected = run(with_scheduler(stock, EulerDiscreteScheduler))
-    with_scheduler(fast_on_device, EulerDiscreteScheduler)
+    expected = run(with_scheduler(stock, diffusers.EulerDiscreteScheduler))
+    with_scheduler(fast_on_device, diffusers.EulerDiscreteScheduler)
     fast_on_device.scheduler = fast_scheduler(fast_on_device.scheduler)
     record(fast_on_device)  # plans, which takes graphs off
     models, tape = [fast_on_device.unet, fast_on_device.vae], TapeRecorder("cuda:0")
@@ -281,7 +259,7 @@ def check_threads_equal_sequence(pipes):
     assert wrong == []
 
 
-@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, UniPCMultistepScheduler])
+@pytest.mark.parametrize("scheduler", [diffusers.EulerDiscreteScheduler, diffusers.UniPCMultistepScheduler])
 def test_eight_threads_on_one_pipeline_give_the_images_of_a_sequence(eager, scheduler):
     pipe = load_fast(eager)
     pipe.scheduler = fast_scheduler(scheduler.from_config(pipe.scheduler.config))
@@ -290,7 +268,7 @@ def test_eight_threads_on_one_pipeline_give_the_images_of_a_sequence(eager, sche
 
 def test_threads_on_two_pipelines_with_one_scheduler_do_not_mix(eager):
     pipe = load_fast(eager)
-    pipe.scheduler = fast_scheduler(UniPCMultistepScheduler.from_config(pipe.scheduler.config))
+    pipe.scheduler = fast_scheduler(diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config))
     other = type(pipe).from_pipe(pipe, fast=eager)
     other.set_progress_bar_config(disable=True)
     check_threads_equal_sequence([pipe, other])

@@ -5,19 +5,12 @@ from __future__ import annotations
 import itertools
 import random
 
+import diffusers
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    LCMScheduler,
-    TCDScheduler,
-    UniPCMultistepScheduler,
-)
-from support.scheduler_runs import denoise, eight, fast_of
+from support.scheduler_runs import EIGHT, denoise, eight, fast_of
+
+import fastdiff
 
 SPACINGS = ["linspace", "leading", "trailing"]
 FLAG = [False, True]
@@ -36,7 +29,7 @@ ETAS = [{}, {"eta": 0.0}, {"eta": 0.7}, {"eta": 1.0}]
 # its tables, so each grid is run in full, and beside them a sample of all combinations. A dict as a value is
 # a set of options that go together.
 GRIDS = {
-    EulerDiscreteScheduler: (
+    diffusers.EulerDiscreteScheduler: (
         TABLE
         | {
             "sigmas": SIGMA_KINDS,
@@ -48,8 +41,8 @@ GRIDS = {
         {"prediction_type": PREDICTIONS, "timestep_type": ["discrete", "continuous"]},
         [{}, {"s_churn": 4.0, "s_noise": 1.003}, {"s_churn": 9.0, "s_tmin": 0.5, "s_tmax": 5.0}],
     ),
-    EulerAncestralDiscreteScheduler: (TABLE, {"prediction_type": PREDICTIONS}, [{}]),
-    HeunDiscreteScheduler: (
+    diffusers.EulerAncestralDiscreteScheduler: (TABLE, {"prediction_type": PREDICTIONS}, [{}]),
+    diffusers.HeunDiscreteScheduler: (
         {
             "beta_schedule": ["scaled_linear", "linear", "squaredcos_cap_v2", "exp"],
             "timestep_spacing": SPACINGS,
@@ -59,7 +52,7 @@ GRIDS = {
         {"prediction_type": PREDICTIONS, "clip_sample": FLAG, "clip_sample_range": [1.0, 0.5]},
         [{}],
     ),
-    DPMSolverMultistepScheduler: (
+    diffusers.DPMSolverMultistepScheduler: (
         TABLE
         | {
             "sigmas": [*SIGMA_KINDS, {"use_lu_lambdas": True}, {"use_flow_sigmas": True, "flow_shift": 3.0}],
@@ -78,7 +71,7 @@ GRIDS = {
         },
         [{}],
     ),
-    UniPCMultistepScheduler: (
+    diffusers.UniPCMultistepScheduler: (
         TABLE
         | {
             "sigmas": [*SIGMA_KINDS, {"use_flow_sigmas": True, "flow_shift": 3.0}],
@@ -96,17 +89,17 @@ GRIDS = {
         },
         [{}],
     ),
-    DDIMScheduler: (
+    diffusers.DDIMScheduler: (
         TABLE | {"set_alpha_to_one": FLAG},
         CLIPPING | {"prediction_type": PREDICTIONS, "set_alpha_to_one": FLAG},
         [*ETAS, {"use_clipped_model_output": True, "eta": 0.5}],
     ),
-    LCMScheduler: (
+    diffusers.LCMScheduler: (
         TABLE | {"set_alpha_to_one": FLAG, "original_inference_steps": [50, 40]},
         CLIPPING | {"prediction_type": PREDICTIONS, "timestep_scaling": [10.0, 3.0]},
         [{}],
     ),
-    TCDScheduler: (
+    diffusers.TCDScheduler: (
         TABLE | {"set_alpha_to_one": FLAG, "original_inference_steps": [50, 40]},
         CLIPPING | {"prediction_type": PREDICTIONS},
         ETAS,
@@ -149,6 +142,11 @@ def schedule(scheduler) -> list[torch.Tensor]:
         for name in ("timesteps", "sigmas", "alphas_cumprod")
         if hasattr(scheduler, name)
     ]
+
+
+def test_every_fast_class_is_public_and_has_its_options_here():
+    assert set(GRIDS) == set(EIGHT)
+    assert {f"Fast{cls.__name__}" for cls in EIGHT} == {name for name in fastdiff.__all__ if name.endswith("Scheduler")}
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,4 +1,4 @@
-"""What the scheduler tests share: the eight classes and a run of one."""
+"""What the scheduler tests share: the stock classes that have a fast one, and a run of one."""
 
 from __future__ import annotations
 
@@ -6,29 +6,11 @@ import inspect
 
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    LCMScheduler,
-    TCDScheduler,
-    UniPCMultistepScheduler,
-)
 
 import fastdiff
+from fastdiff.schedulers import FAST_CLASSES
 
-EIGHT = [
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    LCMScheduler,
-    TCDScheduler,
-    UniPCMultistepScheduler,
-]
+EIGHT = sorted(FAST_CLASSES, key=lambda stock_class: stock_class.__name__)
 eight = pytest.mark.parametrize("stock_class", EIGHT, ids=lambda cls: cls.__name__)
 SHAPE = (2, 3, 4, 4)
 
