@@ -14,6 +14,9 @@ HOUSE = Path(fastdiff.__file__).parent
 MAY_IMPORT = {
     "config": set(),
     "errors": set(),
+    "checkpoint": set(),
+    "limits": set(),
+    "quiet": set(),
     "identity": set(),
     "models": {"identity"},
     "schedulers": {"identity"},

@@ -26,6 +26,7 @@ from .components import check_components, convert_component
 from .loading import FastLoadingMixin
 from .postprocess import FastImageProcessor
 from .prompts import encode_together
+from .saving import SavingMixin
 from .warmup import WarmupMixin
 
 
@@ -44,7 +45,7 @@ class _Calls:
         return _Calls, ()
 
 
-class FastPipelineMixin(WarmupMixin, FastLoadingMixin):
+class FastPipelineMixin(WarmupMixin, SavingMixin, FastLoadingMixin):
     """What every fast SDXL pipeline adds to its stock class: the `fast` argument, the plan and thread safety.
 
     Mixed in before a stock pipeline class, whose `__call__` runs unchanged.

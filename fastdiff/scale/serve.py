@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import socket
 import threading
 import time
 import urllib.request
@@ -20,7 +19,7 @@ from ..errors import UsageError
 from .app import Drawn, Limits, NoWorker, make_app
 from .artist import Artist, ModelChoice, png_bytes
 from .batching import Batcher
-from .gate import is_loopback
+from .listening import is_loopback
 from .requests import PictureRequest
 
 _APPLICATION, _PAINTER, _DOOR = "fastdiff", "painter", "door"
@@ -165,14 +164,3 @@ def run_server(
         raise UsageError(f"the workers do not start: {reason.strip().splitlines()[-1]}") from error
     finally:
         serve.shutdown()
-
-
-def check_port(host: str, port: int) -> None:
-    """Raise `UsageError` unless this machine can listen at the address."""
-    try:
-        [family, *_], *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except OSError as error:
-        raise UsageError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error

@@ -242,7 +242,7 @@ def test_command_prints_the_table_and_draws(tmp_path, capsys):
         (["--plot", "nowhere/out.png"], "the folder 'nowhere' does not exist"),
         (["--plot", "out.bmp"], "must end in one of .png, .svg, .pdf"),
         (["--size", "65x64"], "multiples of 8"),
-        (["--rounds", "0"], "not a whole number of 1 or more"),
+        (["--rounds", "0"], "not a whole number from 1"),
         (["--model", "nowhere/at-all/x"], "nowhere/at-all/x"),
         (["--device", "cuda"], "no CUDA device"),
     ],
@@ -258,7 +258,7 @@ def test_bad_arguments_get_one_line(arguments, complaint, capsys):
 def test_plot_without_matplotlib_names_the_extra(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # Python's own mark of a module that cannot be imported
     assert main(["bench", "--plot", str(tmp_path / "x.png")]) == 2
-    assert "pip install 'fastdiff[bench]'" in capsys.readouterr().err
+    assert "pip install '.[bench]'" in capsys.readouterr().err
 
 
 def test_gpu_script_passes_its_dry_run(tmp_path):

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-pytest.importorskip("ray.serve", reason="needs Ray: pip install 'fastdiff[ray]'")
+pytest.importorskip("ray.serve", reason="needs Ray")
 
 import aiohttp  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
@@ -33,7 +33,8 @@ from fastdiff.cli import main  # noqa: E402
 from fastdiff.scale.app import Drawn, Limits, NoWorker, make_app  # noqa: E402
 from fastdiff.scale.artist import Artist, ModelChoice, png_bytes  # noqa: E402
 from fastdiff.scale.batching import Batcher  # noqa: E402
-from fastdiff.scale.gate import MAX_BODY, Gate, is_loopback, key_digest  # noqa: E402
+from fastdiff.scale.gate import MAX_BODY, Gate, key_digest  # noqa: E402
+from fastdiff.scale.listening import is_loopback  # noqa: E402
 from fastdiff.scale.requests import PictureRequest  # noqa: E402
 
 # 8 s of overload in the default run; FASTDIFF_OVERLOAD_SECONDS=120 for the run that is reported.
