@@ -63,8 +63,8 @@ def _grid(where) -> tuple[list, list, float]:
         "num_inference_steps": _STEPS,
         "seeds": [_SEED + index for index in range(len(PROMPTS))],
     }
-    pictures = [draw(pipe, call) for pipe in (stock, fast)]
-    return *pictures, min(psnr(own, other) for own, other in zip(*pictures, strict=True))
+    expected, drawn = (draw(pipe, call) for pipe in (stock, fast))
+    return expected, drawn, min(psnr(own, other) for own, other in zip(drawn, expected, strict=True))
 
 
 def _full_size_step(where) -> dict | None:

@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from .. import EMBEDDED_CHECKPOINT
 from ..errors import UsageError
 from .arguments import port, positive_int
 from .workers import add_worker_arguments, check_worker_arguments, worker_settings
@@ -47,11 +48,17 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _run_serve(arguments: argparse.Namespace) -> int:
-    from ..scale.app import Limits
     from ..scale.cluster import deal_out, ray_cluster
     from ..scale.gate import key_digest
     from ..scale.serve import run_server
+    from ..scale.waiting import Limits
 
+    hint = None
+    if arguments.model == EMBEDDED_CHECKPOINT:
+        from ..shapes.captions import vocabulary_line
+
+        hint = vocabulary_line()
+        print(hint, flush=True)
     limits = Limits(
         queue=arguments.queue,
         timeout=arguments.timeout,
@@ -69,6 +76,7 @@ def _run_serve(arguments: argparse.Namespace) -> int:
             host=arguments.host,
             port=arguments.port,
             digest=None if arguments.key is None else key_digest(arguments.key),
+            hint=hint,
         )
     return 0
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
+
+# To a type checker the pipeline that the mixin is part of.
+_Pipeline: Any = object
 
 _STOCK_DTYPE = "float32"
 
 
-class SavingMixin:
+class SavingMixin(_Pipeline):
     """`save_pretrained` of a fast pipeline."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:

@@ -77,14 +77,15 @@ class Artist:
     def draw(
         self,
         requests: Sequence[PictureRequest],
-        wanted: Callable[[], bool] = lambda: True,
+        after_step: Callable[[int], bool] = lambda done: True,
         output_type: str = "pil",
     ):
         """Draw pictures in one call of the pipeline.
 
         Args:
             requests: with seeds, all with the same `batch_key`.
-            wanted: asked after every step; once it says no, the other steps are left out, the result void.
+            after_step: told after every step how many are done, and answers whether the picture is still wanted;
+                once it says no, the other steps are left out, the result void.
             output_type: of the pipeline; `"pil"` gives a list, `"pt"` (batch, 3, height, width) in 0..1.
 
         Raises:
@@ -92,7 +93,7 @@ class Artist:
         """
 
         def stop_unless_wanted(pipe, step, timestep, tensors):
-            pipe._interrupt = pipe._interrupt or not wanted()
+            pipe._interrupt = pipe._interrupt or not after_step(step + 1)
             return tensors
 
         first, (width, height) = requests[0], self.size(requests[0])
