@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "errors": set(),
     "checkpoint": set(),
     "limits": set(),
+    "plan_table": set(),
     "quiet": set(),
     "identity": set(),
     "models": {"identity"},
