@@ -40,8 +40,9 @@ def compare(arguments: argparse.Namespace, pipe, call: dict) -> int:
 
 def describe_ratio(ratios: dict) -> str:
     """A ratio with its spread; where the spread has 1 within it, nothing was shown."""
-    text = f"{ratios['median']:.2f} ({ratios['min']:.2f}-{ratios['max']:.2f})"
-    return f"{text}, no difference beyond the spread" if ratios["min"] <= 1 <= ratios["max"] else text
+    from ..bench.table import ratio, shows_nothing
+
+    return f"{ratio(ratios)}, no difference beyond the spread" if shows_nothing(ratios) else ratio(ratios)
 
 
 def _stock_pipelines(arguments: argparse.Namespace, pipe) -> dict:

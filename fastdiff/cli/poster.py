@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..bench.machine import describe
 from ..bench.settings import REFERENCE
-from ..bench.table import seconds, shown_rungs, title
+from ..bench.table import seconds, shown_rungs, shows_nothing, title
 
 _CELL, _GAP, _MARGIN, _BAR = 176, 12, 40, 34
 _INK, _FAINT, _PAPER = "#1c2330", "#68707f", "#ffffff"
@@ -32,8 +32,8 @@ def poster(prompts: Sequence[str], stock: list, fast: list, closeness: float, re
     pen.text((_MARGIN, 28), "fastdiff: the same pictures, sooner", fill=_INK, font=_font(30))
     y = _rows(sheet, pen, 84, prompts, {"stock": stock, "fastdiff": fast}, closeness)
     if results is not None:
-        _bars(pen, y + 22, width, results)
-    return sheet
+        y = _bars(pen, y + 22, width, results)
+    return sheet.crop((0, 0, width, y + 20))
 
 
 def _rows(sheet, pen, y: int, prompts: Sequence[str], rows: dict[str, list], closeness: float) -> int:
@@ -51,7 +51,7 @@ def _rows(sheet, pen, y: int, prompts: Sequence[str], rows: dict[str, list], clo
     return y + 50
 
 
-def _bars(pen, y: int, width: int, results: dict) -> None:
+def _bars(pen, y: int, width: int, results: dict) -> int:
     pen.text((_MARGIN, y), title(results).replace("sdxl-random", "SDXL at full size"), fill=_INK, font=_font(20))
     y += 40
     rungs = [
@@ -65,10 +65,13 @@ def _bars(pen, y: int, width: int, results: dict) -> None:
         pen.text((_MARGIN, y + 8), name, fill=_INK, font=_font(16))
         length = max(2, round(span * times["median"] / longest))
         pen.rounded_rectangle((left, y, left + length, y + _BAR), 5, fill=_COLOURS[kind])
-        faster = "" if kind == "stock" else f"   {ratios[REFERENCE]['median']:.2f} times as fast"
+        beside = ratios[REFERENCE]
+        result = "no difference shown" if shows_nothing(beside) else f"{beside['median']:.2f} times as fast"
+        faster = "" if kind == "stock" else f"   {result}"
         pen.text((left + length + 10, y + 8), seconds(times["median"]) + faster, fill=_INK, font=_font(16))
         y += _BAR + 14
     pen.text((_MARGIN, y + 6), f"{describe(results['machine'])}; timed in turn, medians", fill=_FAINT, font=_font(13))
+    return y + 30
 
 
 def _font(size: int):

@@ -224,6 +224,7 @@ def test_command_prints_the_table_and_draws(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "picture: embedded, 64x64, batch 1 with guidance, 2 steps, float32" in out
     assert 'fastdiff "exact"' in out and "+ channels_last" in out
+    assert 'No result beside stock' in out and '+ channels_last; fastdiff "exact"' in out
     assert fastdiff.EMBEDDED_CHECKPOINT not in path.read_text()
     with Image.open(picture) as drawn:
         assert drawn.width == 1500 and len(set(drawn.convert("L").getdata())) > 50

@@ -95,8 +95,9 @@ def test_compare_has_stock_in_the_same_dtype_and_in_its_own(tmp_path, capsys):
 
 
 def test_a_ratio_within_its_spread_is_no_result():
-    assert "no difference" in describe_ratio({"median": 1.04, "min": 0.97, "max": 1.2})
-    assert "no difference" not in describe_ratio({"median": 1.04, "min": 1.01, "max": 1.2})
+    assert "no difference" in describe_ratio({"median": 1.04, "min": 0.97, "max": 1.2, "all": [0.97, 1.04, 1.2]})
+    assert "no difference" in describe_ratio({"median": 1.1, "min": 1.01, "max": 1.2, "all": [1.01, 1.2]})
+    assert "no difference" not in describe_ratio({"median": 1.04, "min": 1.01, "max": 1.2, "all": [1.01, 1.04, 1.2]})
 
 
 def test_psnr():
