@@ -9,6 +9,7 @@ BENCH = ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.9"]
 LINT = ["ruff>=0.15", "mypy>=2"]
 TEST = [
     *BENCH, *RAY, *LINT, "hypothesis>=6.100", "scikit-image>=0.24", "schemathesis>=4.32", "httpx2", "psutil",
+    "pytest-xdist>=3.5", "selenium>=4.20",
 ]
 
 setup(
@@ -27,7 +28,7 @@ setup(
         "fastdiff.scale": ["page.html"],
     },
     install_requires=[
-        "torch>=2.11,<2.14",
+        "torch>=2.11,<2.15",
         "diffusers>=0.42,<0.43",
         "transformers>=5.17,<6",
         "torchao>=0.18,<0.19",

@@ -1,231 +1,173 @@
-"""Writes the README's numbers from the committed results: `python benchmarks/readme.py`.
+"""Writes the tables of measured numbers from the committed results: `python benchmarks/readme.py`.
 
-The newest file of each theme counts: `attention_*.json` (pytest-benchmark, the UNet step), `ladder_*.json` (`fastdiff
-bench` and `benchmarks/gpu.py`, one for each hardware, size and batch), `lossy_*.json` (pytest-benchmark, loops with
-lossy options), `quantization_*.json` (`python -m fastdiff.bench.quantization` and its benchmark), `compile_*.json` and
-`cold-start_*.json` (pytest-benchmark, compiling and saved code), `shapes_*.json` (`python -m
-fastdiff.shapes.training.evaluate`). What is not there is left out.
+The README gets one table, with a column for each kind of machine; `benchmarks/README.md` the long ones, by chip.
+Results are `benchmarks/results/THEME_..._DATE.json`: `ladder_*` (`fastdiff bench` and `benchmarks/gpu.py`, one for
+each hardware, size and batch), `attention_*`, `lossy_*`, `compile_*` and `cold-start_*` (pytest-benchmark),
+`quantization_*` (`python -m fastdiff.bench.quantization` and its benchmark) and `shapes_*` (`python -m
+fastdiff.shapes.training.evaluate`). Of the results of a theme on one chip the newest counts; what is not there is left
+out.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from fastdiff.bench.machine import describe  # noqa: E402
-from fastdiff.bench.settings import RECIPE, REFERENCE  # noqa: E402
-from fastdiff.bench.table import ratio, seconds, shown_rungs, title  # noqa: E402
+import sections  # noqa: E402
+
+from fastdiff.bench.settings import RECIPE, REFERENCE, SDXL_RANDOM  # noqa: E402
+from fastdiff.bench.table import UNITS, ratio  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+AMX, AVX512, GPU = "CPU with AMX", "CPU with AVX512, no AMX", "GPU"
+NOT_YET = "not measured yet"
+SECTIONS: dict[str, Callable[[Path], str]] = {
+    "ladder": sections.ladder,
+    "attention": sections.attention,
+    "quantization": sections.quantization,
+    "compile": sections.compiling,
+    "cold-start": sections.cold_start,
+    "lossy": sections.lossy,
+    "shapes": sections.adherence,
+}
 
 
-def render(results: Path = RESULTS) -> str:
-    """The README's section of measured numbers, in Markdown."""
-    sections = [_ladder(path) for path in _newest(results.glob("ladder_*.json"))]
-    sections += [_attention(path) for path in _newest(results.glob("attention_*.json"))]
-    sections += [_quantization(path) for path in _newest(results.glob("quantization_*.json"))]
-    sections += [_compiling(path) for path in _newest(results.glob("compile_*.json"))]
-    sections += [_cold_start(path) for path in _newest(results.glob("cold-start_*.json"))]
-    sections += [_lossy(path, results) for path in _newest(results.glob("lossy_*.json"))]
-    sections += [_adherence(path) for path in _newest(results.glob("shapes_*.json"))]
-    return "\n\n".join(["## Measured", *sections]) if sections else ""
+@dataclass(frozen=True)
+class Result:
+    """One committed file.
+
+    Attributes:
+        chip: the processor's or GPU's name; empty where the file does not say.
+        kind: of machine, a column of the README's table.
+    """
+
+    path: Path
+    data: dict
+    chip: str
+    kind: str
+
+    @property
+    def theme(self) -> str:
+        return self.path.stem.partition("_")[0]
+
+    @property
+    def date(self) -> str:
+        return self.path.stem.rpartition("_")[2]
+
+    @property
+    def what(self) -> str:
+        """The name without the date: what is measured again later is called alike."""
+        return self.path.stem.rpartition("_")[0]
 
 
-def updated(readme: str, results: Path = RESULTS) -> str:
-    """The README's text with its measured section made anew."""
-    before, rest = readme.split(BEGIN)
+def load(folder: Path = RESULTS) -> list[Result]:
+    """The newest result of each theme on each chip, by chip."""
+    results = [_result(path) for path in sorted(folder.glob("*.json"), key=lambda path: path.stem.rpartition("_")[2])]
+    # Some files do not name the processor. Where all others of that day are of one, it was that one.
+    of_day: dict[str, set] = {}
+    for result in results:
+        if result.chip:
+            of_day.setdefault(result.date, set()).add((result.chip, result.kind))
+    placed = []
+    for result in results:
+        if not result.chip and len(of_day.get(result.date, ())) == 1:
+            [(chip, kind)] = of_day[result.date]
+            result = Result(result.path, result.data, chip, kind)
+        placed.append(result)
+    return list({(result.chip, result.what): result for result in placed}.values())
+
+
+def _result(path: Path) -> Result:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    machine = data.get("machine_info") or data.get("machine") or {}
+    cpu = machine.get("cpu", "")
+    chip = machine.get("gpu") or (cpu["brand_raw"] if isinstance(cpu, dict) else cpu)
+    if "gpu" in machine:
+        return Result(path, data, chip, chip)
+    if machine.get("amx_bf16"):
+        return Result(path, data, chip, AMX)
+    return Result(path, data, chip, AVX512 if machine.get("capability", "AVX512") == "AVX512" else "CPU, older")
+
+
+def summary(results: list[Result]) -> str:
+    """The README's one table: ratios, a column for each kind of machine."""
+    kinds = [AMX, AVX512, *sorted({result.kind for result in results} - {AMX, AVX512})]
+    if len(kinds) == 2:
+        kinds.append(GPU)
+    rows: dict[str, dict[str, str]] = {}
+    order = list(SECTIONS)
+    for result in sorted(results, key=lambda result: (order.index(result.theme), result.what, result.date)):
+        for label, cell in _cells(result):
+            rows.setdefault(label, {})[result.kind] = cell
+    measured = {result.kind: f"{result.chip}, {result.date}" for result in results if result.chip}
+    heads = [f"{kind}<br>{measured[kind]}" if kind in measured else kind for kind in kinds]
+    lines = ["| times as fast | " + " | ".join(heads) + " |", "|---" * (len(kinds) + 1) + "|"]
+    for label, cells in rows.items():
+        lines.append("| " + " | ".join([label, *(cells.get(kind, NOT_YET) for kind in kinds)]) + " |")
+    return "\n".join(lines) if rows else ""
+
+
+def _cells(result: Result) -> Iterator[tuple[str, str]]:
+    """(row, ratio) pairs that a result gives to the README's table."""
+    if result.theme == "ladder" and result.data["settings"]["model"] == SDXL_RANDOM:
+        settings = result.data["settings"]
+        measure, (width, height) = settings["measures"][0], settings["size"]
+        batch = "" if settings["batch"] == 1 else f", batch {settings['batch']}"
+        for rung, against, label in (
+            ("exact", REFERENCE, '`"exact"`, lossless, beside stock'),
+            ("balanced", REFERENCE, "default, beside stock"),
+            ("balanced", RECIPE, "default, beside the guide's `torch.compile`"),
+            ("openvino", REFERENCE, "OpenVINO, beside stock"),
+        ):
+            found = result.data["rungs"].get(rung, {}).get("ratios", {}).get(measure, {}).get(against)
+            if found is not None:
+                yield f"{UNITS[measure]}, {width}x{height}{batch}: {label}", ratio(found)
+    if result.theme == "lossy":
+        for run in result.data["benchmarks"]:
+            info = run["extra_info"]
+            cell = f"{info['ratio_median']:.2f} ({info['ratio_min']:.2f}-{info['ratio_max']:.2f})"
+            yield f"`{info['options']}`, lossy, beside the same without", cell
+
+
+def long_tables(results: list[Result]) -> str:
+    """The body of `benchmarks/README.md`: by chip, and under it by theme."""
+    parts = []
+    for chip, kind in dict.fromkeys((result.chip, result.kind) for result in reversed(results)):
+        own = [result for result in results if result.chip == chip]
+        parts.append(f"## {chip or 'A processor that the files do not name'} ({kind})")
+        for theme, section in SECTIONS.items():
+            named = sorted((result for result in own if result.theme == theme), key=lambda result: result.what)
+            parts += [section(result.path) for result in named]
+    return "\n\n".join(parts)
+
+
+def updated(text: str, section: str) -> str:
+    """A file's text with what stands between its markers made anew."""
+    before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    section = render(results)
     return f"{before}{BEGIN}\n{section}{chr(10) if section else ''}{END}{after}"
 
 
-def _newest(paths) -> list[Path]:
-    """Of files that are called alike but for the date at the end, the last."""
-    return list({path.stem.rpartition("_")[0]: path for path in sorted(paths)}.values())
-
-
-def _adherence(path: Path) -> str:
-    results = json.loads(path.read_text(encoding="utf-8"))
-    first = results["rows"][0]
-    lines = [
-        f"**What the embedded model draws: {first['captions']} captions that it was not trained on**, {first['steps']} "
-        f"Euler steps, guidance {first['guidance_scale']:g}, the same seeds; shape, colour and background judged by "
-        "image analysis",
-        "",
-    ]
-    if path.with_suffix(".png").exists():
-        lines += [f"![The same prompts and seeds, a row for each variant](benchmarks/results/{path.stem}.png)", ""]
-    lines += ["| | dtype | captions satisfied | PSNR to stock | SSIM to stock |", "|---|---|---|---|---|"]
-    for row in results["rows"]:
-        psnr = row["psnr_vs_stock_db"]
-        closeness = ["", ""] if row["variant"] == "stock" else [
-            "equal" if psnr is None else f"{psnr:.1f} dB", f"{row['ssim_vs_stock']:.3f}"
-        ]
-        cells = [f"`{row['variant']}`", row["dtype"], f"{row['satisfied']:.1%}", *closeness]
-        lines.append("| " + " | ".join(cells) + " |")
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items() if name != "fastdiff")
-    source = f"From [{path.name}](benchmarks/results/{path.name})."
-    lines += ["", f"{results['hardware']}; {versions}; {results['date']}. {source}"]
-    return "\n".join(lines)
-
-
-def _ladder(path: Path) -> str:
-    results = json.loads(path.read_text(encoding="utf-8"))
-    measure = results["settings"]["measures"][0]
-    lines = [f"**{title(results)}**", ""]
-    if path.with_suffix(".png").exists():
-        lines += [f"![How each rung shortens the time](benchmarks/results/{path.stem}.png)", ""]
-    lines += [
-        "| | time, median | stock / this | recipe / this | distance from stock's result |",
-        "|---|---|---|---|---|",
-    ]
-    for rung in shown_rungs(results):
-        against = rung["ratios"][measure]
-        same = f" (here the same as {rung['same_as']})" if "same_as" in rung else ""
-        cells = [rung["label"] + same, seconds(rung["times"][measure]["median"])]
-        cells += [ratio(against.get(name)) for name in (REFERENCE, RECIPE)]
-        cells.append(f"{rung['errors'][measure]:.1%}")
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        f"{describe(results['machine'])}; {results['date']}. Ratios are medians over rounds in which both were timed "
-        f"in turn, least to greatest in brackets. From [{path.name}](benchmarks/results/{path.name}).",
-    ]
-    return "\n".join(lines)
-
-
-def _attention(path: Path) -> str:
-    data = json.loads(path.read_text(encoding="utf-8"))
-    lines = [
-        "One step of the full-size UNet (2.57 B parameters, random weights), bfloat16, classifier-free guidance, "
-        "with no compiler: fused projections, context cache, channels_last and packed weights against stock, timed in "
-        "turn in one run.",
-        "",
-        "| size | stock | fast | stock / fast, median (least to greatest) |",
-        "|---|---|---|---|",
-    ]
-    steps = [b for b in data["benchmarks"] if b["params"] and b["params"].get("timed") == "fast"]
-    for step in sorted(steps, key=lambda b: b["params"]["size"]):
-        size, info = step["params"]["size"], step["extra_info"]
-        ratios = f"{info['ratio_median']:.2f} ({info['ratio_min']:.2f} to {info['ratio_max']:.2f})"
-        lines.append(f"| {size}x{size} | {info['peer_median_s']:.2f} s | {step['stats']['median']:.2f} s | {ratios} |")
-    lines += ["", _source(path, data, "test_bench_unet.py --model sdxl-random --size 256 --size 512")]
-    return "\n".join(lines)
-
-
-def _quantization(path: Path) -> str:
-    results = json.loads(path.read_text(encoding="utf-8"))
-    errors = results["unet_256_errors_to_float32"]
-    pictures = {row["variant"]: row for row in results["pictures"]}
-    stock = pictures["stock, float32"]
-    lines = [
-        f"**Quantization on a CPU**, by default `int8-dynamic` where it has AMX: the full-size UNet's step at 256x256, "
-        f"bfloat16, stock beside fast; and {stock['captions']} held-out captions drawn by the embedded model with "
-        f"every eligible layer quantized (stock in float32: {stock['satisfied']:.0%} satisfied).",
-        "",
-        "| scheme | stock / fast, median (least to greatest) | quantized layers, bytes | UNet, bytes | UNet's output, "
-        "error to float32 | captions satisfied | PSNR to bfloat16 |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for step in results["steps_beside_stock"]:
-        scheme = step["test"].rpartition("bfloat16-")[2].rstrip("]")
-        drawn, name = pictures[scheme], "bfloat16" if scheme == "none" else scheme
-        ratios = f"{step['ratio_median']:.2f} ({step['ratio_min']:.2f} to {step['ratio_max']:.2f})"
-        shares = [f"{step[key][1] / step[key][0]:.2f}x" if key in step else "" for key in ("layer_bytes", "unet_bytes")]
-        psnr = drawn["psnr_vs_bfloat16_db"]
-        cells = [f"`{scheme}`", ratios, *shares, f"{errors[name]['error']:.1%}", f"{drawn['satisfied']:.0%}"]
-        lines.append("| " + " | ".join([*cells, "" if psnr is None else f"{psnr:.1f} dB"]) + " |")
-    turns = " and ".join(
-        f"{row['ratio_median']:.2f} times at {row['size']}x{row['size']}"
-        for row in results["int8_dynamic_beside_packed_bfloat16_in_turn"]
-    )
-    versions = ", ".join(f"{name} {version}" for name, version in results["machine"]["versions"].items())
-    lines += [
-        "",
-        f"Timed in turn with packed bfloat16, `int8-dynamic` is {turns} as fast. {results['machine']['machine']} CPU, "
-        f"{results['machine']['threads']} threads; {versions}. From [{path.name}](benchmarks/results/{path.name}), "
-        "which also names the worst layers.",
-    ]
-    return "\n".join(lines)
-
-
-def _compiling(path: Path) -> str:
-    data = json.loads(path.read_text(encoding="utf-8"))
-    lines = [
-        f"**Compiling, where asked for**: {data['benchmarks'][0]['group']}, from nothing.",
-        "",
-        "| `compile` | graphs | share of the UNet's FLOPs | time to compile | step, compiled | step, not compiled |",
-        "|---|---|---|---|---|---|",
-    ]
-    for run in data["benchmarks"]:
-        info = run["extra_info"]
-        steps = [seconds(info[f"step_{name}_s"]) for name in ("compiled", "eager")]
-        cells = [f'`"{run["params"]["mode"]}"`', info["graphs"], f"{info['flop_share']:.1%}"]
-        lines.append("| " + " | ".join(map(str, [*cells, f"{info['compile_s']:.0f} s", *steps])) + " |")
-    return "\n".join([*lines, "", _source(path, data, "test_bench_compile.py --model sdxl-random --size 256")])
-
-
-def _cold_start(path: Path) -> str:
-    data = json.loads(path.read_text(encoding="utf-8"))
-    lines = [
-        "**From the start of a process to its first picture**: stock without a compiler, and fastdiff with "
-        '`compile="regional"`, with the code that `save_compiled` wrote and without. Seconds, medians; the embedded '
-        "model draws in 4 steps, the full-size UNet takes one step at 256x256 in bfloat16.",
-        "",
-        "| | import | load | saved code | first picture | whole process |",
-        "|---|---|---|---|---|---|",
-    ]
-    stages = ("import", "load", "compiled code", "first picture", "total")
-    for run in data["benchmarks"]:
-        for who, times in run["extra_info"]["seconds"].items():
-            name = "with saved code" if who == "compiled" else who.replace("compiled without", "without")
-            cells = [f"{times[stage]:.2f}" if stage in times else "" for stage in stages]
-            lines.append("| " + " | ".join([f"{run['params']['model']}, {name}", *cells]) + " |")
-    return "\n".join([*lines, "", _source(path, data, "test_bench_cold_start.py")])
-
-
-def _lossy(path: Path, results: Path) -> str:
-    data = json.loads(path.read_text(encoding="utf-8"))
-    drawn = {}
-    for shapes in _newest(results.glob("shapes_*.json")):
-        drawn = {row["variant"]: row for row in json.loads(shapes.read_text(encoding="utf-8"))["rows"]}
-    lines = [
-        f"**What the opt-in lossy options buy, and cost**: {data['benchmarks'][0]['group']}, full-size UNet, beside "
-        "the same fast pipeline without the option, timed in turn in one run; captions satisfied by the embedded "
-        "model.",
-        "",
-        "| option | without / with, median (least to greatest) | captions satisfied | without the option |",
-        "|---|---|---|---|",
-    ]
-    for run in data["benchmarks"]:
-        info = run["extra_info"]
-        ratios = f"{info['ratio_median']:.2f} ({info['ratio_min']:.2f} to {info['ratio_max']:.2f})"
-        shares = [drawn.get(name, {}).get("satisfied") for name in (f"exact:{info['options']}", "exact")]
-        cells = [f"`{info['options']}`", ratios, *("" if share is None else f"{share:.1%}" for share in shares)]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", _source(path, data, "test_bench_lossy.py")]
-    return "\n".join(lines)
-
-
-def _source(path: Path, data: dict, command: str) -> str:
-    machine = data["machine_info"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return (
-        f"{machine['cpu']['brand_raw']}, {machine['cpus']} cores, AMX {'yes' if machine['amx_bf16'] else 'no'}; "
-        f"{versions}. From [{path.name}](benchmarks/results/{path.name}); repeat it with `pip install '.[bench]' && "
-        f"pytest benchmarks/{command}`."
-    )
+def main() -> int:
+    results = load()
+    targets = {ROOT / "README.md": summary(results), ROOT / "benchmarks" / "README.md": long_tables(results)}
+    for path, section in targets.items():
+        current = path.read_text(encoding="utf-8")
+        text = updated(current, section)
+        if "--check" not in sys.argv[1:]:
+            path.write_text(text, encoding="utf-8")
+        elif text != current:
+            print(f"{path.relative_to(ROOT)} differs from the results: run benchmarks/readme.py", file=sys.stderr)
+            return 1
+    return 0
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    text = updated(readme.read_text(encoding="utf-8"))
-    if "--check" in sys.argv[1:]:
-        current = readme.read_text(encoding="utf-8")
-        sys.exit(0 if text == current else "README.md differs from the results: run benchmarks/readme.py")
-    readme.write_text(text, encoding="utf-8")
+    sys.exit(main())

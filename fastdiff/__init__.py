@@ -1,5 +1,6 @@
 """SDXL at hardware speed, one import away from diffusers."""
 
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -35,13 +36,21 @@ _HOMES = {
     "fast_scheduler": "schedulers",
 }
 
+_LIGHT = ("FastConfig",)
+
 __all__ = ["EMBEDDED_CHECKPOINT", *_HOMES]
 
 
 def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    home = f"{__name__}.{_HOMES[name]}"
+    if home not in sys.modules and name not in _LIGHT:
+        from .quiet import quiet_imports
+
+        with quiet_imports():
+            import_module(home)
+    return getattr(import_module(home), name)
 
 
 def __dir__() -> list[str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 COMPILE_MODES = ("auto", "regional", "full", "off")
 QUANTIZATION_SCHEMES = ("auto", "fp8-dynamic", "int8-dynamic", "fp8-weight-only", "int8-weight-only", "none")
@@ -82,8 +83,7 @@ class FastConfig:
         for name in ("pack_weights", "cuda_graphs"):
             if getattr(self, name) != "auto" and not isinstance(getattr(self, name), bool):
                 raise ValueError(f'FastConfig.{name} must be "auto", True or False, not {getattr(self, name)!r}.')
-        if self.dtype not in ("auto", "stock") and not isinstance(self.dtype, torch.dtype):
-            raise ValueError(f'FastConfig.dtype must be "auto", "stock" or a torch.dtype, not {self.dtype!r}.')
+        _check_dtype(self.dtype)
         _check_guidance_interval(self.guidance_interval)
         _check_deep_cache_interval(self.deep_cache_interval)
         if self.deep_cache_interval is not None and (self.compile == "full" or self.cuda_graphs is True):
@@ -134,6 +134,15 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         listed = ", ".join(repr(choice) for choice in choices)
         label = "Unknown preset" if name == "preset" else f"Unknown value for FastConfig.{name}:"
         raise ValueError(f"{label} {value!r}; choose one of {listed}.{_suggest(str(value), choices)}")
+
+
+def _check_dtype(value: object) -> None:
+    if value in ("auto", "stock"):
+        return
+    import torch  # seconds, which the command line does not have to spend on names that it refuses
+
+    if not isinstance(value, torch.dtype):
+        raise ValueError(f'FastConfig.dtype must be "auto", "stock" or a torch.dtype, not {value!r}.')
 
 
 def _check_guidance_interval(value: Any) -> None:

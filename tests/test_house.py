@@ -14,6 +14,10 @@ HOUSE = Path(fastdiff.__file__).parent
 MAY_IMPORT = {
     "config": set(),
     "errors": set(),
+    "checkpoint": set(),
+    "limits": set(),
+    "plan_table": set(),
+    "quiet": set(),
     "identity": set(),
     "models": {"identity"},
     "schedulers": {"identity"},

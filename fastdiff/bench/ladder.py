@@ -14,6 +14,7 @@ from torch import nn
 from ..config import FastConfig
 from ..models.storage import leaves
 from ..pipelines.sdxl import FastStableDiffusionXLPipeline
+from .names import RUNGS, check_rungs
 from .settings import REFERENCE, Settings
 from .stock import twin
 
@@ -113,7 +114,7 @@ def _no_compile_regions(settings: Settings) -> str | None:
 
 def _no_openvino(settings: Settings) -> str | None:
     if importlib.util.find_spec("openvino") is None:
-        return "not installed: pip install 'fastdiff[bench]'"
+        return "not installed: pip install '.[bench]' in the folder of fastdiff's sources"
     return None if torch.device(settings.device).type == "cpu" else "not run: for the CPU only"
 
 
@@ -141,12 +142,9 @@ def rungs_for(settings: Settings, names: list[str] | None = None) -> list[Rung]:
     Raises:
         ValueError: a name that is on no rung.
     """
-    known = [rung.name for rung in LADDER]
-    for name in names or ():
-        if name not in known:
-            raise ValueError(f"unknown rung {name!r}; choose from {', '.join(known)}")
+    check_rungs(names or [])
     # In float32 the second rung would be the first one again.
-    wanted = set(names or known) - ({"bfloat16"} if settings.dtype == torch.float32 else set())
+    wanted = set(names or RUNGS) - ({"bfloat16"} if settings.dtype == torch.float32 else set())
     return [rung for rung in LADDER if rung.name in wanted | {REFERENCE}]
 
 

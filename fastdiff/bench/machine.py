@@ -26,6 +26,7 @@ def machine_info(device: str | torch.device = "cpu") -> dict:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "amx_bf16": torch.cpu._is_amx_tile_supported(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
         "versions": _versions(),
     }
     if torch.device(device).type == "cuda":

@@ -7,18 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-MEASURES = ("step", "vae", "picture")
-"""`"step"`: one call of the UNet with classifier-free guidance, not the first of its prompt. `"vae"`: one decode.
-`"picture"`: a whole pipeline call, from prompt to PIL pictures."""
+from .names import MEASURES, SDXL_RANDOM
+
+__all__ = ["MEASURES", "RECIPE", "REFERENCE", "SDXL_RANDOM", "Settings"]
 
 REFERENCE = "sdpa"
 """The rung that all ratios refer to: stock diffusers as it is by default, in the settings' dtype."""
 
 RECIPE = "recipe"
 """The rung that follows diffusers' guide to the end; ratios to it are taken as well."""
-
-SDXL_RANDOM = "sdxl-random"
-"""In place of a checkpoint: SDXL of full size with random weights, no download."""
 
 
 @dataclass(frozen=True, kw_only=True)

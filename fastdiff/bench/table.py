@@ -5,6 +5,7 @@ from __future__ import annotations
 from .machine import describe
 from .settings import RECIPE, REFERENCE
 
+_FEWEST_ROUNDS = 3
 UNITS = {"step": "UNet step", "vae": "VAE decode", "picture": "picture"}
 
 
@@ -58,6 +59,14 @@ def table(results: dict) -> str:
             f"Ratios are medians over rounds, least to greatest in brackets. Stock against itself: {ratio(noise)}. "
             "Error: relative distance from stock's result."
         )
+    unclear = [
+        rung["label"]
+        for name, rung in results["rungs"].items()
+        if name != REFERENCE and "times" in rung and shows_nothing(rung["ratios"][measure].get(REFERENCE))
+    ]
+    if unclear:
+        why = "for too few rounds, or a spread that has 1 within it"
+        lines.append(f"No result beside stock, {why}: {'; '.join(unclear)}.")
     for rung in results["rungs"].values():
         if "same_as" in rung:
             lines.append(f"* {rung['label']} applies the same here as {results['rungs'][rung['same_as']]['label']}.")
@@ -74,6 +83,11 @@ def seconds(value: float) -> str:
 def size(count: int) -> str:
     """Bytes in GiB, or in MiB where that says more."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def shows_nothing(spread: dict | None) -> bool:
+    """Whether a ratio says neither faster nor slower: it spreads over 1, or comes from fewer rounds than can tell."""
+    return spread is not None and (spread["min"] <= 1 <= spread["max"] or len(spread["all"]) < _FEWEST_ROUNDS)
 
 
 def ratio(spread: dict | None) -> str:

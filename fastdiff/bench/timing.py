@@ -14,7 +14,7 @@ import torch
 
 T = TypeVar("T")
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_STATUS, _CLEAR, _MEMINFO = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
 _RESET_PEAK = "5"
 
 
@@ -35,6 +35,13 @@ def spread(values: list[float], digits: int = 5) -> dict:
         "max": round(max(values), digits),
         "all": [round(value, digits) for value in values],
     }
+
+
+def free_memory(device: str | torch.device) -> int | None:
+    """Bytes that could still be taken; None where the system does not say."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return _field(_MEMINFO, "MemAvailable")
 
 
 class Memory:
@@ -64,7 +71,11 @@ class Memory:
 
 
 def _status(field: str) -> int | None:
-    if not _STATUS.exists():
+    return _field(_STATUS, field)
+
+
+def _field(file: Path, field: str) -> int | None:
+    if not file.exists():
         return None
-    found = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+    found = re.search(rf"^{field}:\s+(\d+) kB", file.read_text(), re.MULTILINE)
     return int(found[1]) * 1024 if found else None

@@ -8,10 +8,13 @@ from functools import partial
 from pathlib import Path
 
 from .. import EMBEDDED_CHECKPOINT
+from ..bench.names import MEASURES, SDXL_RANDOM, check_rungs
+from ..checkpoint import EMBEDDED, find_checkpoint
 from ..errors import UsageError
-from .arguments import output_path, positive_int, size, usable_device
+from .arguments import device, output_path, positive_int, size, steps
+from .hub import check_model
+from .loading import usable_device
 
-_SDXL_RANDOM = "sdxl-random"
 _PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
@@ -20,25 +23,41 @@ def add_command(commands) -> None:
     bench = commands.add_parser("bench", help="what each optimisation buys on this machine")
     bench.add_argument(
         "--model",
-        default=EMBEDDED_CHECKPOINT,
-        help=f"checkpoint directory or model id (embedded); {_SDXL_RANDOM}: full size, random weights, no download",
+        default=EMBEDDED,
+        type=find_checkpoint,
+        help=f"checkpoint directory or model id (embedded); {SDXL_RANDOM}: full size, random weights, no download",
     )
     bench.add_argument("--size", type=size, metavar="WxH", help="in pixels; the model's own size by default")
-    bench.add_argument("--steps", type=positive_int, default=20, help="denoising steps of a picture (20)")
+    bench.add_argument("--steps", type=steps, default=20, help="denoising steps of a picture (20)")
     bench.add_argument("--batch", type=positive_int, default=1, help="pictures of a call (1)")
     bench.add_argument(
-        "--measure", choices=("step", "vae", "picture"), default="picture", help="what is timed (picture)"
+        "--measure", choices=MEASURES, default="picture", help="what is timed (picture)"
     )
     bench.add_argument("--rungs", metavar="A,B,...", help="by name; all by default, which --list-rungs shows")
     bench.add_argument("--list-rungs", action="store_true", help="print the rungs' names and stop")
     bench.add_argument("--rounds", type=positive_int, default=7, help="timed calls of each rung (7)")
     bench.add_argument("--seconds", type=positive_int, default=60, help="at most, about, for a rung's calls (60)")
     bench.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 where it is computed natively")
-    bench.add_argument("--device", help="cuda, cpu, ... (cuda if there is one)")
+    bench.add_argument("--device", type=device, help="cuda, cpu, ... (cuda if there is one)")
     json_path, plot_path = partial(output_path, suffixes=(".json",)), partial(output_path, suffixes=_PLOT_SUFFIXES)
     bench.add_argument("--json", type=json_path, metavar="FILE", help="results, saved after each rung; resumes")
     bench.add_argument("--plot", type=plot_path, metavar="FILE", help="waterfall picture, .png, .svg or .pdf")
-    bench.set_defaults(run=_run)
+    bench.set_defaults(check=_check, run=_run)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib: run pip install '.[bench]' in the folder of fastdiff's sources")
+    try:
+        check_rungs(_rungs(arguments))
+    except ValueError as error:
+        raise UsageError(f"--rungs: {error}") from error
+    if arguments.model != SDXL_RANDOM:
+        check_model(arguments.model)
+
+
+def _rungs(arguments: argparse.Namespace) -> list[str]:
+    return [] if arguments.rungs is None else arguments.rungs.split(",")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -48,16 +67,11 @@ def _run(arguments: argparse.Namespace) -> int:
         for rung in LADDER:
             print(f"{rung.name:<25}{rung.label}")
         return 0
-    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib: pip install 'fastdiff[bench]'")
     from ..bench.run import OtherRunError, run_ladder
     from ..bench.table import table
 
-    try:
-        settings = _settings(arguments)
-        rungs = rungs_for(settings, arguments.rungs.split(",") if arguments.rungs is not None else None)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    settings = _settings(arguments)
+    rungs = rungs_for(settings, _rungs(arguments) or None)
     name = "embedded" if arguments.model == EMBEDDED_CHECKPOINT else Path(arguments.model).name
     try:
         results = run_ladder(settings, rungs, arguments.json, name)
@@ -76,15 +90,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _settings(arguments: argparse.Namespace):
     import torch
-    from diffusers import StableDiffusionXLPipeline
 
     from ..bench.settings import Settings
     from ..config import FastConfig
-    from ..pipelines.checkpoints import check_checkpoint, loading_dtype
+    from ..pipelines.checkpoints import loading_dtype
 
-    device = usable_device(arguments.device)
-    if arguments.model != _SDXL_RANDOM:
-        check_checkpoint(StableDiffusionXLPipeline, arguments.model, {})
     preset = FastConfig.preset("balanced")
     return Settings(
         model=arguments.model,
@@ -93,7 +103,7 @@ def _settings(arguments: argparse.Namespace):
         batch=arguments.batch,
         measures=(arguments.measure,),
         dtype=getattr(torch, arguments.dtype) if arguments.dtype else loading_dtype(preset),
-        device=str(device),
+        device=str(usable_device(arguments.device)),
         rounds=arguments.rounds,
         seconds=arguments.seconds,
     )
@@ -102,7 +112,7 @@ def _settings(arguments: argparse.Namespace):
 def _native_size(model: str) -> tuple[int, int]:
     from diffusers import UNet2DConditionModel
 
-    if model == _SDXL_RANDOM:
+    if model == SDXL_RANDOM:
         return 1024, 1024
     edge = 8 * UNet2DConditionModel.load_config(model, subfolder="unet")["sample_size"]
     return edge, edge

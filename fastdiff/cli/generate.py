@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import secrets
 import time
 from functools import partial
-from pathlib import Path
 
 from .. import EMBEDDED_CHECKPOINT
 from ..errors import UsageError
-from .arguments import add_model_arguments, load_pipeline, output_path, positive_int, size
+from ..limits import MAX_SEED
+from .arguments import (
+    add_model_arguments,
+    fast_config,
+    guidance,
+    input_file,
+    output_path,
+    positive_int,
+    seed,
+    size,
+    steps,
+)
+from .loading import check_model_arguments, load_pipeline, usable_device
+from .pictures import draw, save
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -21,97 +34,74 @@ def add_command(commands) -> None:
     picture_path = partial(output_path, suffixes=_IMAGE_SUFFIXES)
     generate.add_argument("-o", "--output", default="out.png", type=picture_path, help="picture to write (out.png)")
     generate.add_argument("--negative-prompt")
-    generate.add_argument("--steps", type=positive_int, default=20, help="denoising steps (20)")
-    generate.add_argument("--guidance", type=float, default=5.0, help="guidance scale (5.0)")
+    generate.add_argument("--steps", type=steps, default=20, help="denoising steps (20)")
+    generate.add_argument("--guidance", type=guidance, default=5.0, help="guidance scale (5.0)")
     generate.add_argument("--size", type=size, metavar="WxH", help="in pixels; the model's own size by default")
-    generate.add_argument("--seed", type=int, help="random by default, and printed")
+    generate.add_argument("--seed", type=seed, help="of the first picture, one more for each other (random, printed)")
     generate.add_argument("--batch", type=positive_int, default=1, help="pictures of this prompt (1)")
     generate.add_argument("--compare", action="store_true", help="also run stock diffusers; both side by side")
-    generate.add_argument("--compiled", metavar="PATH", help="compiled code that `fastdiff warmup` saved")
+    generate.add_argument("--compiled", metavar="FILE", type=input_file, help="code that `fastdiff warmup` saved")
     add_model_arguments(generate)
-    generate.set_defaults(run=_generate)
+    generate.set_defaults(check=_check, run=_generate)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if not arguments.prompt.strip():
+        raise UsageError("the prompt is empty: say what to draw")
+    check_model_arguments(arguments)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    if not arguments.prompt.strip():
-        raise UsageError("the prompt is empty: say what to draw")
     started = time.perf_counter()
-    pipe = load_pipeline(arguments)
-    call = _call_arguments(arguments, pipe)
+    if arguments.size is not None:
+        _check_memory(arguments)
     if arguments.model == EMBEDDED_CHECKPOINT:
         from ..shapes.captions import vocabulary_hint
 
         hint = vocabulary_hint(arguments.prompt)
         if hint:
             print(hint)
+    pipe = load_pipeline(arguments)
+    call = _call_arguments(arguments)
     if arguments.compare:
-        return _compare(arguments, pipe, call)
+        from .compare import compare
+
+        return compare(arguments, pipe, call)
     before = time.perf_counter()
-    images = _run(pipe, call)
+    images = draw(pipe, call)
     seconds = time.perf_counter() - before
-    for path in _save(images, arguments.output):
-        print(f"wrote {path} (seed {call['seed']})")
+    for path, number in zip(save(images, arguments.output), call["seeds"], strict=True):
+        print(f"wrote {path} (seed {number})")
     print(f"{len(images)} picture(s) in {seconds:.2f} s, {time.perf_counter() - started:.2f} s with loading")
     return 0
 
 
-def _compare(arguments: argparse.Namespace, pipe, call: dict) -> int:
+def _check_memory(arguments: argparse.Namespace) -> None:
     import torch
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers import AutoencoderKL
 
-    from .pictures import psnr, side_by_side
+    from ..pipelines.checkpoints import loading_dtype
+    from ..pipelines.memory import check_memory
 
-    dtype = torch.float32 if arguments.dtype is None else pipe.unet.dtype
-    stock = StableDiffusionXLPipeline.from_pretrained(arguments.model, use_safetensors=True, dtype=dtype)
-    stock.to(pipe.device)
-    pictures, seconds = {}, {}
-    for name, candidate in (("stock", stock), ("fast", pipe)):
-        _run(candidate, {**call, "num_inference_steps": 2}, bar=False)
-        before = time.perf_counter()
-        pictures[name] = _run(candidate, call)
-        seconds[name] = time.perf_counter() - before
-    dtypes = {"stock": stock.unet.dtype, "fast": pipe.unet.dtype}
-    labels = [f"{name}, {str(dtypes[name]).removeprefix('torch.')}, {seconds[name]:.2f} s" for name in pictures]
-    pairs = [side_by_side(pair, labels) for pair in zip(*pictures.values(), strict=True)]
-    for path, fast, reference in zip(_save(pairs, arguments.output), pictures["fast"], pictures["stock"], strict=True):
-        print(f"wrote {path} (seed {call['seed']}), PSNR {psnr(fast, reference):.1f} dB")
-    print(f"{labels[0]}; {labels[1]}; stock / fast = {seconds['stock'] / seconds['fast']:.2f}, one warm call each")
-    return 0
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else loading_dtype(fast_config(arguments))
+    vae = AutoencoderKL.load_config(arguments.model, subfolder="vae", local_files_only=not arguments.online)
+    try:
+        check_memory(vae, arguments.size, arguments.batch, dtype, usable_device(arguments.device))
+    except ValueError as error:
+        raise UsageError(f"--size: {error}") from error
 
 
-def _call_arguments(arguments: argparse.Namespace, pipe) -> dict:
-    import torch
-
-    seed = arguments.seed if arguments.seed is not None else int(torch.randint(2**31, (1,)))
+def _call_arguments(arguments: argparse.Namespace) -> dict:
+    first = arguments.seed if arguments.seed is not None else secrets.randbelow(2**31)
     call = {
         "prompt": arguments.prompt,
         "negative_prompt": arguments.negative_prompt,
         "num_inference_steps": arguments.steps,
         "guidance_scale": arguments.guidance,
         "num_images_per_prompt": arguments.batch,
-        "seed": seed,
+        # One for each picture, so that any of them can be drawn again alone.
+        "seeds": [(first + index) % (MAX_SEED + 1) for index in range(arguments.batch)],
     }
     if arguments.size is not None:
         call["width"], call["height"] = arguments.size
     return call
-
-
-def _run(pipe, call: dict, bar: bool = True):
-    import torch
-
-    call = dict(call)
-    # A generator on the CPU gives the same noise on every device.
-    call["generator"] = torch.Generator("cpu").manual_seed(call.pop("seed"))
-    pipe.set_progress_bar_config(disable=not bar)
-    return pipe(**call).images
-
-
-def _save(images, output: Path) -> list[Path]:
-    paths = [output] if len(images) == 1 else [
-        output.with_stem(f"{output.stem}-{number}") for number in range(1, len(images) + 1)
-    ]
-    for image, path in zip(images, paths, strict=True):
-        partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-        image.save(partial)
-        partial.replace(path)
-    return paths

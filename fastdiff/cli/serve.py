@@ -7,9 +7,10 @@ import os
 import re
 from pathlib import Path
 
+from .. import EMBEDDED_CHECKPOINT
 from ..errors import UsageError
 from .arguments import port, positive_int
-from .workers import add_worker_arguments, need, worker_settings
+from .workers import add_worker_arguments, check_worker_arguments, worker_settings
 
 _KEY_VARIABLE = "FASTDIFF_API_KEY"
 _SHORTEST_KEY = 16
@@ -29,34 +30,43 @@ def add_command(commands) -> None:
         "--api-key-file", type=Path, metavar="FILE", help=f"key for clients to send; or set {_KEY_VARIABLE}"
     )
     add_worker_arguments(serve)
-    serve.set_defaults(run=_run_serve)
+    serve.set_defaults(check=_check, run=_run_serve)
 
 
-def _run_serve(arguments: argparse.Namespace) -> int:
-    need("ray.serve")
-    from ..scale.gate import is_loopback, key_digest
+def _check(arguments: argparse.Namespace) -> None:
+    check_worker_arguments(arguments)
+    from ..scale.listening import check_port, is_loopback
 
-    key = _api_key(arguments.api_key_file)
-    if key is None and not is_loopback(arguments.host):
+    arguments.key = _api_key(arguments.api_key_file)
+    if arguments.key is None and not is_loopback(arguments.host):
         raise UsageError(
             f"--host {arguments.host}: others could reach the server; set {_KEY_VARIABLE} or --api-key-file "
             f"to a key of {_SHORTEST_KEY} or more characters; clients send it as 'Authorization: Bearer KEY'"
         )
-    worker = worker_settings(arguments)
-    from ..scale.app import Limits
-    from ..scale.cluster import deal_out, ray_cluster
-    from ..scale.serve import check_port, run_server
+    if arguments.address is None:
+        check_port(arguments.host, arguments.port)
 
+
+def _run_serve(arguments: argparse.Namespace) -> int:
+    from ..scale.cluster import deal_out, ray_cluster
+    from ..scale.gate import key_digest
+    from ..scale.serve import run_server
+    from ..scale.waiting import Limits
+
+    hint = None
+    if arguments.model == EMBEDDED_CHECKPOINT:
+        from ..shapes.captions import vocabulary_line
+
+        hint = vocabulary_line()
+        print(hint, flush=True)
     limits = Limits(
         queue=arguments.queue,
         timeout=arguments.timeout,
         steps=arguments.max_steps,
         pixels=arguments.max_pixels,
     )
-    if arguments.address is None:
-        check_port(arguments.host, arguments.port)
     with ray_cluster(arguments.address):
-        choice, replicas, reserved = deal_out(**worker)
+        choice, replicas, reserved = deal_out(**worker_settings(arguments))
         run_server(
             choice,
             replicas,
@@ -65,7 +75,8 @@ def _run_serve(arguments: argparse.Namespace) -> int:
             max_batch=arguments.max_batch,
             host=arguments.host,
             port=arguments.port,
-            digest=None if key is None else key_digest(key),
+            digest=None if arguments.key is None else key_digest(arguments.key),
+            hint=hint,
         )
     return 0
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
+from ..checkpoint import check_folder, check_kind, is_model_id
 from ..config import FastConfig
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
@@ -24,33 +25,21 @@ def check_checkpoint(pipeline_class: type[DiffusionPipeline], path: str | os.Pat
     Raises:
         ValueError: with the reason and what to do.
     """
+    any_format = kwargs.get("use_safetensors") is False
+    if not any_format:
+        kwargs["use_safetensors"] = True
+    if not is_model_id(path):
+        check_folder(path, kwargs, any_format)
+        return
     hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     try:
         index = pipeline_class.load_config(path, **hub)
     except (OSError, ValueError) as error:
-        kind = "is a directory without model_index.json" if Path(path).is_dir() else "cannot be found"
         raise ValueError(
-            f"{str(path)!r} {kind}: pass a directory written by save_pretrained() or a model id of the hub."
+            f"{str(path)!r} cannot be found, here or on the hub ({' '.join(str(error).split())[:200]}): pass a "
+            "directory written by save_pretrained() or a model id of the hub."
         ) from error
-    name = index.get("_class_name", "")
-    if "StableDiffusionXL" not in name:
-        raise ValueError(f"{str(path)!r} is a {name or 'nameless'} checkpoint; fastdiff runs Stable Diffusion XL only.")
-    if kwargs.get("use_safetensors") is False:
-        return
-    kwargs["use_safetensors"] = True
-    if not Path(path).is_dir():
-        return
-    for component in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        if component in kwargs or index.get(component, [None])[0] is None:
-            continue
-        folder = Path(path) / component
-        if not folder.is_dir():
-            raise ValueError(f"{str(path)!r} has no folder {component!r}: the checkpoint is incomplete.")
-        if not any(folder.glob("*.safetensors")):
-            raise ValueError(
-                f"{str(folder)!r} holds no safetensors. Other formats can run code while loading; convert them with "
-                "save_pretrained(), or pass use_safetensors=False if you trust the file."
-            )
+    check_kind(path, index)
 
 
 def loading_dtype(config: FastConfig) -> torch.dtype:

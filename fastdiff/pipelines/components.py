@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from ..config import FastConfig
@@ -21,6 +23,20 @@ def check_components(pipeline_class: type, components: dict) -> None:
         raise ValueError(
             f"{pipeline_class.__qualname__} needs an SDXL UNet (addition_embed_type='text_time'), "
             f"not {unet.config.addition_embed_type!r}: this looks like a Stable Diffusion 1.x or 2.x model."
+        )
+
+
+def warn_of_mixed_dtypes(components: dict) -> None:
+    """Name text encoders of another dtype than the UNet's, whose prompts the UNet cannot take, in stock as here."""
+    models = {name: components[name] for name in ("unet", "text_encoder", "text_encoder_2") if components.get(name)}
+    dtypes = {name: str(model.dtype).removeprefix("torch.") for name, model in models.items()}
+    if "unet" in dtypes and len(set(dtypes.values())) > 1:
+        listed = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        warnings.warn(
+            f"from_pipe: the models are of several dtypes ({listed}) and cannot work together. Pass torch_dtype= to "
+            "from_pretrained when loading, or to from_pipe.",
+            UserWarning,
+            stacklevel=3,
         )
 
 

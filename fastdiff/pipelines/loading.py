@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
+from ..checkpoint import find_checkpoint
 from ..compiler.artifacts import read_artifacts
 from ..config import FastConfig
 from ..models.offload import inner_offloading
 from ..weights import load_quantized, quantized_scheme_of
 from . import checkpoints
-from .components import convert_component
+from .components import convert_component, warn_of_mixed_dtypes
 
 # To a type checker the stock class that the mixin comes before.
 _Stock: Any = object
@@ -36,7 +37,8 @@ class FastLoadingMixin(_Stock):
         """Load an SDXL checkpoint as the stock class does, and make it fast.
 
         Args:
-            pretrained_model_name_or_path: a directory written by `save_pretrained`, or a model id of the hub.
+            pretrained_model_name_or_path: a directory written by `save_pretrained`, a model id of the hub, or
+                `"embedded"` for the tiny checkpoint in the package.
             fast: a `FastConfig`, a preset's name, or None for the default.
             compiled: a file written by `save_compiled`. It is code: load only your own. One that is damaged or was
                 made for something else is not used, and a warning says why.
@@ -48,6 +50,7 @@ class FastLoadingMixin(_Stock):
                 quantized with another scheme than `fast` asks for; or there is no file `compiled`.
         """
         config = FastConfig.resolve(fast)
+        pretrained_model_name_or_path = find_checkpoint(pretrained_model_name_or_path)
         checkpoints.check_checkpoint(cls, pretrained_model_name_or_path, kwargs)
         artifacts = read_artifacts(compiled)
         _choose_dtype(config, kwargs)
@@ -142,7 +145,10 @@ class FastLoadingMixin(_Stock):
         if isinstance(pipeline, FastLoadingMixin) and made.scheduler is pipeline.scheduler:
             # Two pipelines over one scheduler: calls that overlap are told apart as those of one pipeline are.
             made._calls = pipeline._calls
-        return made if dtype is None else made.to(dtype)
+        if dtype is not None:
+            return made.to(dtype)
+        warn_of_mixed_dtypes(made.components)
+        return made
 
 
 def _choose_dtype(config: FastConfig, kwargs: dict) -> None:

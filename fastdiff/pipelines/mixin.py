@@ -22,10 +22,12 @@ from ..models.controlnet import FastControlNetModel, fast_controlnets
 from ..models.finite import FiniteCheck, NonFiniteError
 from ..models.unet import FastUNet2DConditionModel
 from ..plan import Plan, PlanStep, format_plan, weights_state
+from ..plan_table import PlanTable
 from .components import check_components, convert_component
 from .loading import FastLoadingMixin
 from .postprocess import FastImageProcessor
 from .prompts import encode_together
+from .saving import SavingMixin
 from .warmup import WarmupMixin
 
 
@@ -44,7 +46,7 @@ class _Calls:
         return _Calls, ()
 
 
-class FastPipelineMixin(WarmupMixin, FastLoadingMixin):
+class FastPipelineMixin(WarmupMixin, SavingMixin, FastLoadingMixin):
     """What every fast SDXL pipeline adds to its stock class: the `fast` argument, the plan and thread safety.
 
     Mixed in before a stock pipeline class, whose `__call__` runs unchanged.
@@ -106,7 +108,7 @@ class FastPipelineMixin(WarmupMixin, FastLoadingMixin):
     @property
     def plan(self) -> list[PlanStep]:
         """The ordered steps, applied on first use: `name`, `applied`, `reason`, `lossless`."""
-        return list(self._apply_plan())
+        return PlanTable(self._apply_plan())
 
     def explain(self) -> str:
         """A table of what was applied on this machine, what was not, and why; applies the plan if need be."""

@@ -2,22 +2,24 @@
 
 import asyncio
 import base64
+import html
 import math
 import secrets
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal
 
-from fastapi import FastAPI, HTTPException, Request, Response, Security
+from fastapi import FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, Field, field_validator
 
 from .. import __version__
+from ..limits import MAX_GUIDANCE, MAX_PROMPT
 from .gate import Gate
 from .requests import PictureRequest, message, parse_size
+from .waiting import Draw, Drawn, Limits, WaitingRoom, events
 
 # This module has no `from __future__ import annotations`: FastAPI needs the request model, which is made per
 # server, as a class and not as a name.
@@ -27,29 +29,6 @@ _PAGE_POLICY = (
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _SHOWN = 80
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a server accepts: requests at a time, seconds for each, denoising steps, width times height."""
-
-    queue: int = 32
-    timeout: float = 120.0
-    steps: int = 100
-    pixels: int = 2**21
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A finished picture: PNG bytes, "WIDTHxHEIGHT", and the seconds that its batch took."""
-
-    png: bytes
-    size: str
-    seconds: float
-
-
-class NoWorker(Exception):
-    """The worker that drew the picture died, more than once."""
 
 
 class Refusal(BaseModel):
@@ -82,7 +61,9 @@ def request_model(limits: Limits) -> type[PictureRequest]:
 
     class GenerateRequest(PictureRequest):
         steps: int = Field(min(20, limits.steps), ge=1, le=limits.steps, description="denoising steps")
-        output: Literal["png", "json"] = Field("png", description="the picture alone, or base64 within JSON")
+        output: Literal["png", "json", "events"] = Field(
+            "png", description="the picture alone, base64 within JSON, or server-sent events: steps, then the JSON"
+        )
 
         @field_validator("size")
         @classmethod
@@ -95,22 +76,24 @@ def request_model(limits: Limits) -> type[PictureRequest]:
 
 
 def make_app(
-    draw: Callable[[PictureRequest], Awaitable[Drawn]],
+    draw: Draw,
     count_workers: Callable[[], Awaitable[int]],
     metrics: Callable[[], Awaitable[bytes]],
     limits: Limits,
     *,
     digest: bytes | None = None,
     hosts: frozenset[str] | None = None,
+    hint: str | None = None,
 ) -> FastAPI:
     """Build the application.
 
     Args:
-        draw: draws a request that has a seed; raises `NoWorker`. Cancelled when nobody waits any more.
+        draw: what draws.
         count_workers: how many workers are ready.
         metrics: the text of `/metrics`.
         limits: what is accepted.
         digest, hosts: as in `Gate`.
+        hint: what the page says about the model.
     """
     app = FastAPI(
         title="fastdiff",
@@ -121,47 +104,27 @@ def make_app(
     )
     app.add_middleware(Gate, digest=digest, hosts=hosts)
     app.exception_handler(RequestValidationError)(_explain_invalid)
-    refusals: dict[int | str, dict[str, Any]] = {status: {"model": Refusal} for status in (400, 408, 413)}
+    refusals: dict[int | str, dict[str, Any]] = {status: {"model": Refusal} for status in (400, 408, 413, 415)}
     key = []
     if digest is not None:  # Gate checks the key; these are for the description.
         key = [Security(HTTPBearer(auto_error=False))]
         refusals[401] = {"model": Refusal}
-    # Only the event loop touches these.
-    waiting, seconds = 0, 1.0
-    page = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    room = WaitingRoom(draw, limits)
+    page = _page(limits, hint)
 
     async def generate(body: request_model(limits)) -> Response:  # type: ignore[valid-type]  # made for this server
-        nonlocal waiting, seconds
-        if waiting >= limits.queue:
-            # By the time a picture takes now, those that are waiting have been drawn.
-            wait = str(min(60, max(1, math.ceil(seconds))))
-            detail = f"{limits.queue} requests are waiting; try again in {wait} s"
-            raise HTTPException(429, detail, {"Retry-After": wait})
         seed = secrets.randbits(32) if body.seed is None else body.seed
         request = PictureRequest(**{**body.model_dump(exclude={"output"}), "seed": seed})
-        waiting += 1
-        started = asyncio.get_running_loop().time()
-        try:
-            drawn = await asyncio.wait_for(draw(request), limits.timeout)
-        except asyncio.TimeoutError as error:  # noqa: UP041 - another class than TimeoutError before Python 3.11
-            raise HTTPException(504, f"not drawn within {limits.timeout:g} s") from error
-        except NoWorker as error:
-            raise HTTPException(503, str(error), {"Retry-After": "10"}) from error
-        finally:
-            waiting -= 1
-            seconds += 0.2 * (asyncio.get_running_loop().time() - started - seconds)
+        if body.output == "events":
+            done: asyncio.Queue[int | None] = asyncio.Queue()
+            task = room.admit(request, done.put_nowait)
+            told = events(task, done, lambda drawn: _picture(request, drawn), request.steps)
+            return StreamingResponse(told, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        drawn = await room.admit(request)
         if body.output == "png":
             headers = {"X-Seed": str(seed), "X-Size": drawn.size, "X-Seconds": f"{drawn.seconds:.3f}"}
             return Response(drawn.png, media_type="image/png", headers=headers)
-        picture = Picture(
-            image=base64.b64encode(drawn.png).decode(),
-            seed=seed,
-            size=drawn.size,
-            steps=request.steps,
-            guidance=request.guidance,
-            seconds=drawn.seconds,
-        )
-        return JSONResponse(picture.model_dump())
+        return JSONResponse(_picture(request, drawn))
 
     app.post(
         "/generate",
@@ -171,8 +134,11 @@ def make_app(
         responses={
             200: {
                 "model": Picture,
-                "description": "PNG with X-Seed, X-Size and X-Seconds, or JSON",
-                "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
+                "description": "PNG with X-Seed, X-Size and X-Seconds, or JSON, or events of steps and then the JSON",
+                "content": {
+                    "image/png": {"schema": {"type": "string", "format": "binary"}},
+                    "text/event-stream": {"schema": {"type": "string"}},
+                },
             },
             **refusals,
             429: {"model": Refusal, "description": "too many requests are waiting; see Retry-After"},
@@ -186,7 +152,7 @@ def make_app(
         workers = await count_workers()
         if not workers:
             response.status_code = 503
-        return Health(status="ok" if workers else "no worker", workers=workers, requests=waiting)
+        return Health(status="ok" if workers else "no worker", workers=workers, requests=room.count)
 
     @app.get(
         "/metrics",
@@ -203,6 +169,26 @@ def make_app(
         return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
 
     return app
+
+
+def _picture(request: PictureRequest, drawn: Drawn) -> dict:
+    return Picture(
+        image=base64.b64encode(drawn.png).decode(),
+        seed=request.seed or 0,
+        size=drawn.size,
+        steps=request.steps,
+        guidance=request.guidance,
+        seconds=drawn.seconds,
+    ).model_dump()
+
+
+def _page(limits: Limits, hint: str | None) -> str:
+    text = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    values: dict[str, object] = {"STEPS": limits.steps, "DEFAULT": min(20, limits.steps), "PIXELS": limits.pixels}
+    values |= {"PROMPT": MAX_PROMPT, "GUIDANCE": MAX_GUIDANCE, "HINT": html.escape(hint or "")}
+    for name, value in values.items():
+        text = text.replace(f"{{{{{name}}}}}", str(value))
+    return text
 
 
 async def _explain_invalid(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from .. import EMBEDDED_CHECKPOINT
+from ..config import FastConfig
+from ..pipelines.memory import check_memory
 from ..pipelines.sdxl import FastStableDiffusionXLPipeline
 from .requests import PictureRequest, parse_size
 
@@ -21,6 +23,7 @@ class ModelChoice:
         model: a checkpoint directory or model id that every worker can read; None is the embedded checkpoint,
             which each worker finds in its own installation.
         preset: a preset of `FastConfig`.
+        switches: fields of `FastConfig` in place of the preset's, as pairs of name and value.
         dtype: a dtype's name, or None for what the preset takes.
         device: a torch device's name.
         threads: of torch on the CPU; fixed, because sums over another number of threads round differently.
@@ -31,6 +34,7 @@ class ModelChoice:
     dtype: str | None
     device: str
     threads: int
+    switches: tuple[tuple[str, object], ...] = ()
 
 
 class Artist:
@@ -44,7 +48,9 @@ class Artist:
         torch.set_num_threads(choice.threads)
         options = {} if choice.dtype is None else {"dtype": getattr(torch, choice.dtype)}
         self.pipe = FastStableDiffusionXLPipeline.from_pretrained(
-            choice.model or EMBEDDED_CHECKPOINT, fast=choice.preset, **options
+            choice.model or EMBEDDED_CHECKPOINT,
+            fast=FastConfig.preset(choice.preset, **dict(choice.switches)),
+            **options,
         ).to(choice.device)
         self.pipe.set_progress_bar_config(disable=True)
         side = self.pipe.default_sample_size * self.pipe.vae_scale_factor
@@ -71,22 +77,27 @@ class Artist:
     def draw(
         self,
         requests: Sequence[PictureRequest],
-        wanted: Callable[[], bool] = lambda: True,
+        after_step: Callable[[int], bool] = lambda done: True,
         output_type: str = "pil",
     ):
         """Draw pictures in one call of the pipeline.
 
         Args:
             requests: with seeds, all with the same `batch_key`.
-            wanted: asked after every step; once it says no, the other steps are left out, the result void.
+            after_step: told after every step how many are done, and answers whether the picture is still wanted;
+                once it says no, the other steps are left out, the result void.
             output_type: of the pipeline; `"pil"` gives a list, `"pt"` (batch, 3, height, width) in 0..1.
+
+        Raises:
+            ValueError: no device memory can hold pictures of that size.
         """
 
         def stop_unless_wanted(pipe, step, timestep, tensors):
-            pipe._interrupt = pipe._interrupt or not wanted()
+            pipe._interrupt = pipe._interrupt or not after_step(step + 1)
             return tensors
 
         first, (width, height) = requests[0], self.size(requests[0])
+        check_memory(self.pipe.vae.config, (width, height), len(requests), self.pipe.vae.dtype, self.pipe.device)
         plain = first.negative_prompt is None
         return self.pipe(
             prompt=[request.prompt for request in requests],

@@ -108,6 +108,7 @@ def _manifest_line(row: Row, answer: dict, choice: ModelChoice) -> dict:
         "size": answer["size"],
         "model": choice.model or "embedded",
         "preset": choice.preset,
+        **dict(choice.switches),
         "dtype": choice.dtype or "auto",
         "device": choice.device,
         "threads": choice.threads,

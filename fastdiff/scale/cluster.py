@@ -37,12 +37,18 @@ def ray_cluster(address: str | None) -> Iterator[None]:
 
 
 def deal_out(
-    *, model: str | None, preset: str, dtype: str | None, device: str | None, replicas: int | None
+    *,
+    model: str | None,
+    preset: str,
+    dtype: str | None,
+    device: str | None,
+    replicas: int | None,
+    switches: tuple[tuple[str, object], ...] = (),
 ) -> tuple[ModelChoice, int, dict]:
     """Share the cluster's devices among workers: one GPU each, or an equal part of the CPU cores.
 
     Args:
-        model, preset, dtype: as in `ModelChoice`.
+        model, preset, switches, dtype: as in `ModelChoice`.
         device: "cuda", "cpu" or None for CUDA where the cluster has it.
         replicas: workers; None takes every GPU, or one worker with all cores.
 
@@ -69,5 +75,7 @@ def deal_out(
         reserved = {"num_cpus": threads}
     if count > available:
         raise UsageError(f"--replicas {count}: the Ray cluster has {available} {unit}(s), and each needs one")
-    choice = ModelChoice(model=model, preset=preset, dtype=dtype, device=device, threads=threads)
+    choice = ModelChoice(
+        model=model, preset=preset, switches=switches, dtype=dtype, device=device, threads=threads
+    )
     return choice, count, reserved

@@ -5,23 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import ipaddress
+import re
 
 from starlette.responses import JSONResponse
 
 MAX_BODY = 64 * 1024  # bytes; a request is two prompts and a few numbers
 _BODY_SECONDS = 10.0
+_JSON = re.compile(rb"application/(\w[\w.+-]*\+)?json\s*(;|$)", re.IGNORECASE)
 _OPEN_PATHS = frozenset({"/", "/health", "/openapi.json"})
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a server bound to `host` can be reached from this machine only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def key_digest(key: str) -> bytes:
@@ -30,7 +21,7 @@ def key_digest(key: str) -> bytes:
 
 
 class Gate:
-    """ASGI middleware; answers 400, 401, 408 and 413 itself.
+    """ASGI middleware; answers 400, 401, 408, 413 and 415 itself.
 
     Args:
         app: what requests go on to.
@@ -56,6 +47,8 @@ class Gate:
         elif scope["path"] not in _OPEN_PATHS and not self._has_key(headers):
             detail = "send the API key as 'Authorization: Bearer KEY'"
             refusal = _refuse(401, detail, {"WWW-Authenticate": "Bearer"})
+        elif scope["method"] == "POST" and not _JSON.match(headers.get(b"content-type", b"")):
+            refusal = _refuse(415, "the body is JSON: send it with the header 'Content-Type: application/json'")
         else:
             try:
                 body, refusal = await asyncio.wait_for(_read_body(headers, receive), self._body_seconds)

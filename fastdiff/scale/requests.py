@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-MAX_PROMPT = 2000  # characters; the text encoders read 77 tokens, a few hundred characters
-MAX_SEED = 2**53 - 1  # the largest whole number that JSON readers everywhere keep exactly
+from ..limits import MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_STEPS, MIN_SIDE, SIDE_STEP
+
 SIZE_PATTERN = r"^[1-9][0-9]{1,4}x[1-9][0-9]{1,4}$"
 
 
@@ -22,16 +22,16 @@ class PictureRequest(BaseModel):
         pattern=SIZE_PATTERN,
         description="WIDTHxHEIGHT in pixels, multiples of 8; the model's own by default",
     )
-    steps: int = Field(20, ge=1, le=1000, description="denoising steps")
-    guidance: float = Field(5.0, ge=0, le=50, allow_inf_nan=False, description="weight of the prompt")
+    steps: int = Field(20, ge=1, le=MAX_STEPS, description="denoising steps")
+    guidance: float = Field(5.0, ge=0, le=MAX_GUIDANCE, allow_inf_nan=False, description="weight of the prompt")
 
     @field_validator("size")
     @classmethod
     def _size_fits_the_model(cls, size: str | None) -> str | None:
         if size is not None:
             width, height = parse_size(size)
-            if width % 8 or height % 8 or min(width, height) < 64:
-                raise ValueError("width and height must be multiples of 8, and 64 or more")
+            if width % SIDE_STEP or height % SIDE_STEP or min(width, height) < MIN_SIDE:
+                raise ValueError(f"width and height must be multiples of {SIDE_STEP}, and {MIN_SIDE} or more")
         return size
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import socket
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 
 import ray
 from ray import serve
@@ -17,11 +16,12 @@ from ray.exceptions import RayActorError
 from ray.util.metrics import Counter
 
 from ..errors import UsageError
-from .app import Drawn, Limits, NoWorker, make_app
-from .artist import Artist, ModelChoice, png_bytes
-from .batching import Batcher
-from .gate import is_loopback
+from .app import make_app
+from .artist import Artist, ModelChoice
+from .listening import is_loopback
+from .painter import Painter
 from .requests import PictureRequest
+from .waiting import Drawn, Limits, NoWorker, Report
 
 _APPLICATION, _PAINTER, _DOOR = "fastdiff", "painter", "door"
 _TRIES = 3
@@ -32,40 +32,45 @@ class _Painter:
     """A replica that draws."""
 
     def __init__(self, choice: ModelChoice, max_batch: int):
-        self._artist = Artist(choice)
-        self._artist.warm_up(max_batch)
+        artist = Artist(choice)
+        artist.warm_up(max_batch)
         # Two counters and no histogram: Ray takes a histogram's sum from the middles of its buckets.
         self._pictures = Counter("fastdiff_pictures", "pictures drawn")
         self._batches = Counter("fastdiff_batches", "calls of the pipeline that drew them")
-        self._batcher: Batcher[PictureRequest, Drawn] = Batcher(
-            self._paint,
-            key=self._artist.batch_key,
-            limit=lambda request: self._artist.batch_limit(request, max_batch),
-        )
+        self._painter = Painter(artist, max_batch, self._count)
 
     async def draw(self, request: PictureRequest) -> Drawn:
-        return await self._batcher.submit(request)
+        return await self._painter.draw(request)
 
-    def _paint(self, requests: Sequence[PictureRequest], wanted: Callable[[], bool]) -> list[Drawn]:
-        started = time.perf_counter()
-        pictures = self._artist.draw(requests, wanted)
-        self._pictures.inc(len(requests))
+    async def watch(self, request: PictureRequest) -> AsyncIterator[int | Drawn]:
+        """Draw, and yield how many steps are done, each time one is, and at last the picture."""
+        steps: asyncio.Queue[int | None] = asyncio.Queue()
+        drawing = asyncio.create_task(self._painter.draw(request, steps.put_nowait))
+        drawing.add_done_callback(lambda _: steps.put_nowait(None))
+        try:
+            while (done := await steps.get()) is not None:
+                yield done
+            yield drawing.result()
+        finally:
+            drawing.cancel()
+
+    def _count(self, pictures: int) -> None:
+        self._pictures.inc(pictures)
         self._batches.inc()
-        seconds = time.perf_counter() - started
-        return [Drawn(png_bytes(one), f"{one.width}x{one.height}", seconds) for one in pictures]
 
 
-def _door(limits: Limits, digest: bytes | None, hosts: frozenset[str] | None) -> Callable:
+def _door(limits: Limits, digest: bytes | None, hosts: frozenset[str] | None, hint: str | None) -> Callable:
     """The builder of the HTTP application, which Serve runs in the replica that answers HTTP."""
 
     def build():
         painter = serve.get_deployment_handle(_PAINTER, app_name=_APPLICATION)
 
-        async def draw(request: PictureRequest) -> Drawn:
+        async def draw(request: PictureRequest, report: Report | None) -> Drawn:
             for _ in range(_TRIES):
-                response = painter.draw.remote(request)
+                # Steps cost messages, which only those pay for who want to hear of them.
+                response = painter.draw.remote(request) if report is None else _watch(painter, request)
                 try:
-                    return await response
+                    return await (response if report is None else _last(response, report))
                 except RayActorError:
                     continue  # Its replica died. Another draws the same picture from the same seed.
                 except asyncio.CancelledError:
@@ -73,9 +78,21 @@ def _door(limits: Limits, digest: bytes | None, hosts: frozenset[str] | None) ->
                     raise
             raise NoWorker(f"the worker died {_TRIES} times over this request")
 
-        return make_app(draw, _painter_count(), _ray_metrics, limits, digest=digest, hosts=hosts)
+        return make_app(draw, _painter_count(), _ray_metrics, limits, digest=digest, hosts=hosts, hint=hint)
 
     return build
+
+
+def _watch(painter, request: PictureRequest):
+    return painter.options(stream=True).watch.remote(request)
+
+
+async def _last(response, report: Report) -> Drawn:
+    async for item in response:
+        if isinstance(item, Drawn):
+            return item
+        report(item)
+    raise NoWorker("the worker left its work")
 
 
 def _painter_count() -> Callable:
@@ -117,6 +134,7 @@ def run_server(
     host: str,
     port: int,
     digest: bytes | None,
+    hint: str | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM; Ray must be running.
 
@@ -128,6 +146,7 @@ def run_server(
         max_batch: pictures of the model's own size drawn together.
         host, port: where to listen.
         digest: of the API key, or None.
+        hint: what the page says about the model.
 
     Raises:
         UsageError: Serve already runs on the cluster, or the model does not load.
@@ -147,7 +166,7 @@ def run_server(
     )
     # The door refuses what is too much by itself, so Serve need not hold anything back.
     door = serve.deployment(
-        serve.ingress(_door(limits, digest, hosts))(),
+        serve.ingress(_door(limits, digest, hosts, hint))(),
         name=_DOOR,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=100_000,
@@ -165,14 +184,3 @@ def run_server(
         raise UsageError(f"the workers do not start: {reason.strip().splitlines()[-1]}") from error
     finally:
         serve.shutdown()
-
-
-def check_port(host: str, port: int) -> None:
-    """Raise `UsageError` unless this machine can listen at the address."""
-    try:
-        [family, *_], *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except OSError as error:
-        raise UsageError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error

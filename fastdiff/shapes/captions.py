@@ -141,8 +141,11 @@ def parse(text: str) -> Scene | None:
 
 def vocabulary_hint(prompt: str) -> str | None:
     """One line that names what the embedded model can draw, or None where the prompt is inside the grammar."""
-    if parse(prompt) is not None:
-        return None
+    return None if parse(prompt) is not None else vocabulary_line()
+
+
+def vocabulary_line() -> str:
+    """One line that names what the embedded model can draw."""
     return (
         "The embedded model only draws "
         f"[{'|'.join(SIZES)}] {'/'.join(COLOURS)} {'/'.join(SHAPES)} on a {'/'.join(BACKGROUNDS)} background, "

@@ -224,6 +224,7 @@ def test_command_prints_the_table_and_draws(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "picture: embedded, 64x64, batch 1 with guidance, 2 steps, float32" in out
     assert 'fastdiff "exact"' in out and "+ channels_last" in out
+    assert 'No result beside stock' in out and '+ channels_last; fastdiff "exact"' in out
     assert fastdiff.EMBEDDED_CHECKPOINT not in path.read_text()
     with Image.open(picture) as drawn:
         assert drawn.width == 1500 and len(set(drawn.convert("L").getdata())) > 50
@@ -242,7 +243,7 @@ def test_command_prints_the_table_and_draws(tmp_path, capsys):
         (["--plot", "nowhere/out.png"], "the folder 'nowhere' does not exist"),
         (["--plot", "out.bmp"], "must end in one of .png, .svg, .pdf"),
         (["--size", "65x64"], "multiples of 8"),
-        (["--rounds", "0"], "not a whole number of 1 or more"),
+        (["--rounds", "0"], "not a whole number from 1"),
         (["--model", "nowhere/at-all/x"], "nowhere/at-all/x"),
         (["--device", "cuda"], "no CUDA device"),
     ],
@@ -258,7 +259,7 @@ def test_bad_arguments_get_one_line(arguments, complaint, capsys):
 def test_plot_without_matplotlib_names_the_extra(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # Python's own mark of a module that cannot be imported
     assert main(["bench", "--plot", str(tmp_path / "x.png")]) == 2
-    assert "pip install 'fastdiff[bench]'" in capsys.readouterr().err
+    assert "pip install '.[bench]'" in capsys.readouterr().err
 
 
 def test_gpu_script_passes_its_dry_run(tmp_path):

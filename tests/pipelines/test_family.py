@@ -42,7 +42,7 @@ from fastdiff import FastConfig, NonFiniteError, PlanStep
 from fastdiff.compiler.compilation import undo_compilation
 
 WITHOUT_CONTROLNET = (StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline)
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "fastdiff" / "pipelines" / "README.md"
 
 
 @pytest.mark.parametrize("feature", FEATURES, ids=lambda f: f"{f.group}: {f.name}")
@@ -61,7 +61,7 @@ def test_readme_shows_the_same_list():
     if BEGIN not in text:
         pytest.skip("README.md has no feature table yet")
     table = text.partition(BEGIN)[2].partition(END)[0].strip()
-    assert table == markdown(), "run: python tests/family_features.py README.md"
+    assert table == markdown(), "run: python tests/support/family_features.py fastdiff/pipelines/README.md"
 
 
 # One UNet for all

@@ -153,6 +153,12 @@ def test_interrupt_reaches_an_overlapping_call(exact):
     assert steps == [0]
 
 
+def test_a_notebook_shows_the_plan_as_a_table(exact):
+    table = exact.plan._repr_html_()
+    assert table.count("<tr>") == len(exact.plan) + 1
+    assert ">fuse_qkv<" in table and ">lossless<" in table and ">off<" in table
+
+
 def test_deepcopy_and_warmup(assert_close):
     fast = load_fast("exact")
     twin = copy.deepcopy(fast)

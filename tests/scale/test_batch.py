@@ -12,7 +12,7 @@ import time
 import psutil
 import pytest
 
-pytest.importorskip("ray.data", reason="needs Ray: pip install 'fastdiff[ray]'")
+pytest.importorskip("ray.data", reason="needs Ray")
 np = pytest.importorskip("numpy")
 
 from PIL import Image  # noqa: E402
@@ -115,7 +115,7 @@ def test_without_ray_the_command_names_the_extra():
     code = "import sys; sys.modules['ray'] = None; from fastdiff.cli import main; sys.exit(main())"
     ended = subprocess.run([sys.executable, "-c", code, "serve"], capture_output=True, text=True)
     assert ended.returncode == 2
-    assert "pip install 'fastdiff[ray]'" in ended.stderr and ended.stderr.count("\n") == 1
+    assert "pip install '.[ray]'" in ended.stderr and ended.stderr.count("\n") == 1
 
 
 # The folder

@@ -24,17 +24,20 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-pytest.importorskip("ray.serve", reason="needs Ray: pip install 'fastdiff[ray]'")
+pytest.importorskip("ray.serve", reason="needs Ray")
 
 import aiohttp  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
 from fastdiff.cli import main  # noqa: E402
-from fastdiff.scale.app import Drawn, Limits, NoWorker, make_app  # noqa: E402
+from fastdiff.scale.app import make_app  # noqa: E402
 from fastdiff.scale.artist import Artist, ModelChoice, png_bytes  # noqa: E402
 from fastdiff.scale.batching import Batcher  # noqa: E402
-from fastdiff.scale.gate import MAX_BODY, Gate, is_loopback, key_digest  # noqa: E402
+from fastdiff.scale.gate import MAX_BODY, Gate, key_digest  # noqa: E402
+from fastdiff.scale.listening import is_loopback  # noqa: E402
+from fastdiff.scale.painter import Painter  # noqa: E402
 from fastdiff.scale.requests import PictureRequest  # noqa: E402
+from fastdiff.scale.waiting import Limits, NoWorker  # noqa: E402
 
 # 8 s of overload in the default run; FASTDIFF_OVERLOAD_SECONDS=120 for the run that is reported.
 OVERLOAD_SECONDS = float(os.environ.get("FASTDIFF_OVERLOAD_SECONDS", "8"))
@@ -145,12 +148,12 @@ def test_a_failed_batch_fails_alone():
 def test_a_batch_that_nobody_waits_for_stops_early(artist):
     asked = []
 
-    def wanted():
-        asked.append(1)
+    def after_step(done):
+        asked.append(done)
         return len(asked) < 3
 
-    artist.draw([PictureRequest(prompt="x", seed=1, size="64x64", steps=50)], wanted)
-    assert len(asked) == 3
+    artist.draw([PictureRequest(prompt="x", seed=1, size="64x64", steps=50)], after_step)
+    assert asked == [1, 2, 3]
     # The interruption ends with its call.
     [picture] = artist.draw([PictureRequest(prompt="x", seed=1, **SMALL)])
     [again] = artist.draw([PictureRequest(prompt="x", seed=1, **SMALL)])
@@ -164,19 +167,13 @@ def local_app(artist, limits=None, **options):
     """The application with its painter in this process rather than in Ray's."""
     limits = limits or Limits(queue=8, timeout=60, steps=4, pixels=64 * 128)
 
-    def paint(requests, wanted):
-        pictures = artist.draw(requests, wanted)
-        return [Drawn(png_bytes(one), f"{one.width}x{one.height}", 0.0) for one in pictures]
-
-    batcher = Batcher(paint, key=artist.batch_key, limit=lambda request: 4)
-
     async def one():
         return 1
 
     async def text():
         return b"# nothing measured\n"
 
-    return make_app(batcher.submit, one, text, limits, **options)
+    return make_app(Painter(artist, 4).draw, one, text, limits, **options)
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +250,10 @@ def test_what_is_wrong_is_named(client, change, says):
         (b"[" * 60_000, JSON, 400),
         (b'{"seed": ' + b"9" * 60_000 + b"}", JSON, 400),
         (b"\xff\xfe", JSON, 422),
-        (b'{"prompt": "x"}', {"Content-Type": "text/plain"}, 422),
+        (b'{"prompt": "x"}', {"Content-Type": "text/plain"}, 415),
+        (b'{"prompt": "x"}', {"Content-Type": "application/x-www-form-urlencoded"}, 415),
+        (b'{"prompt": "x"}', {"Content-Type": "application/json-not"}, 415),
+        (b'{"prompt": "x"}', {}, 415),
         (b'{"prompt": "' + b"x" * 1_000_000 + b'"}', JSON, 413),
         (iter([b" " * 40_000] * 3), JSON, 413),
     ],
@@ -263,6 +263,41 @@ def test_bodies_that_are_no_request(client, content, headers, status):
     assert answer.status_code == status, answer.text
     assert answer.json()["detail"]
     assert client.get("/health").json() == {"status": "ok", "workers": 1, "requests": 0}
+
+
+def read_events(text):
+    """[(name, data), ...] of an answer of server-sent events."""
+    pairs = [block.split("\n") for block in text.strip().split("\n\n")]
+    return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in pairs]
+
+
+def test_events_tell_each_step_and_then_the_picture(client, artist):
+    body = {"prompt": "a red circle", "seed": 5, "size": "64x64", "steps": 4}
+    answer = client.post("/generate", json={**body, "output": "events"})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    *steps, (name, picture) = read_events(answer.text)
+    assert steps == [("step", {"done": done, "steps": 4}) for done in range(5)]
+    assert name == "picture" and picture["seed"] == 5
+    assert base64.b64decode(picture["image"]) == png_bytes(artist.draw([PictureRequest(**body)])[0])
+
+
+def test_events_end_with_the_reason_where_there_is_no_picture(artist):
+    async def dies(request, report):
+        report(1)
+        raise NoWorker("the worker died")
+
+    async def one():
+        return 1
+
+    with TestClient(make_app(dies, one, one, Limits())) as client:
+        answer = client.post("/generate", json={"prompt": "x", "output": "events"})
+        assert read_events(answer.text)[-1] == ("error", {"detail": "the worker died"})
+        assert client.get("/health").json()["requests"] == 0
+
+
+def test_a_picture_that_no_memory_holds_fails_alone(artist):
+    with pytest.raises(ValueError, match="GiB or more to decode"):
+        artist.draw([PictureRequest(prompt="x", seed=1, size="90000x90000")])
 
 
 JSON_VALUES = st.recursive(
@@ -320,7 +355,7 @@ def test_the_server_does_as_its_description_says(artist):
 def test_requests_beyond_the_queue_get_429_and_late_ones_504(artist):
     release = threading.Event()
 
-    async def slow(request):
+    async def slow(request, report):
         await asyncio.to_thread(release.wait, 30)
         raise NoWorker("the worker died")
 
@@ -396,6 +431,7 @@ def test_the_page_loads_nothing_from_elsewhere(client):
     answer = client.get("/")
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert "http:" not in answer.text and "https:" not in answer.text and "src=" not in answer.text
+    assert "{{" not in answer.text and "Up to 4 steps and 8192 pixels" in answer.text
     assert client.get("/docs").status_code == client.get("/redoc").status_code == 404
 
 

@@ -1,6 +1,6 @@
-"""What of the SDXL family works in the fast classes: one list for the table test and for the table of the README.
+"""What of the SDXL family works in the fast classes: one list, for the test and the table.
 
-    python tests/family_features.py README.md
+    python tests/support/family_features.py fastdiff/pipelines/README.md
 
 writes the table between the markers `<!-- features:begin -->` and `<!-- features:end -->`.
 """
@@ -103,7 +103,7 @@ class Feature:
     """A feature of the family.
 
     Attributes:
-        group: the row group in the README.
+        group: the row group in the table.
         name: what it is.
         run: draws with pipelines of a `Family`.
         raises: the error, as a pattern, with which the fast classes refuse it; None for what works as in stock.
@@ -483,7 +483,7 @@ FEATURES = [
 
 
 def markdown() -> str:
-    """The table of the README."""
+    """The table of the list."""
     rows = ["| | Feature | Fast classes |", "|---|---|---|"]
     group = None
     for feature in FEATURES:

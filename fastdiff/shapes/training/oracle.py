@@ -204,5 +204,5 @@ def _skimage():  # noqa: ANN202 - three modules of an optional dependency
     try:
         from skimage import color, measure, morphology
     except ImportError as missing:
-        raise ImportError("the oracle needs scikit-image: pip install 'fastdiff[test]'") from missing
+        raise ImportError("the oracle needs scikit-image, of the extra `test`") from missing
     return color, measure, morphology

@@ -1,0 +1,10 @@
+"""What a picture may be asked for with, wherever it is asked for: on the command line, in a row, in a request."""
+
+from __future__ import annotations
+
+MAX_PROMPT = 2000  # characters; the text encoders read 77 tokens, a few hundred characters
+MAX_SEED = 2**53 - 1  # the largest whole number that JSON readers everywhere keep exactly
+MAX_STEPS = 1000  # what the noise schedule has
+MAX_GUIDANCE = 50
+MIN_SIDE = 64  # pixels; below, the UNet has nothing left to halve
+SIDE_STEP = 8  # pixels that one latent pixel stands for
