@@ -31,7 +31,8 @@ _HOMES = {
     "FastUniPCMultistepScheduler": "schedulers",
     "FusedQKVAttnProcessor": "models.processor",
     "NonFiniteError": "models.finite",
-    "PlanStep": "plan",
+    "OptimizationWarning": "failures",
+    "PlanStep": "steps",
     "fast_scheduler": "schedulers",
 }
 

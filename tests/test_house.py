@@ -14,14 +14,16 @@ HOUSE = Path(fastdiff.__file__).parent
 MAY_IMPORT = {
     "config": set(),
     "errors": set(),
+    "failures": {"config"},
     "identity": set(),
     "models": {"identity"},
     "schedulers": {"identity"},
     "lossy": {"config"},
     "weights": {"models"},
-    "compiler": {"models"},
-    "graphs": {"models"},
+    "compiler": {"failures", "models"},
+    "graphs": {"failures", "models"},
     "shapes": set(),
+    "steps": set(),
 }
 LOW = set(MAY_IMPORT)
 MAY_IMPORT["plan"] = LOW

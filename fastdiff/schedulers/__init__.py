@@ -14,6 +14,7 @@ from .twins import (
     FastTCDScheduler,
     FastUniPCMultistepScheduler,
     fast_scheduler,
+    stock_scheduler,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "StepWeights",
     "fast_scheduler",
     "guided_step",
+    "stock_scheduler",
 ]
