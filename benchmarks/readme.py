@@ -1,7 +1,7 @@
 """Writes the README's numbers from the committed results: `python benchmarks/readme.py`.
 
 The newest file of each theme counts: `attention_*.json` (pytest-benchmark, the UNet step), `ladder_*.json` (`fastdiff
-bench` and `benchmarks/gpu.py`, one for each hardware, size and batch), `lossy_*.json` (pytest-benchmark, loops with
+bench`, one for each hardware, size and batch), `lossy_*.json` (pytest-benchmark, loops with
 lossy options), `quantization_*.json` (`python -m fastdiff.bench.quantization` and its benchmark), `compile_*.json` and
 `cold-start_*.json` (pytest-benchmark, compiling and saved code), `shapes_*.json` (`python -m
 fastdiff.shapes.evaluate`). What is not there is left out.
