@@ -1,22 +1,24 @@
-"""What `gpu.py` measures beside the ladder: attention kernels, and one preset with and without CUDA graphs."""
+"""How `gpu.py` measures: ratios, errors, waits, kernels, and single pieces of the work."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import statistics
+import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torchao.quantization import quantize_
 
-from fastdiff.bench.ladder import LADDER
 from fastdiff.bench.settings import Settings
-from fastdiff.bench.stock import load_stock
 from fastdiff.bench.timing import spread, timed
 from fastdiff.bench.workloads import PROMPT, workload
-from fastdiff.graphs import remove_graphs
+from fastdiff.compiler.compilation import inductor_options
+from fastdiff.models.group_norm import define_operator
+from fastdiff.weights.quantization import torchao_config
 
 BACKENDS = {
     "default": None,
@@ -26,7 +28,6 @@ BACKENDS = {
     "math": SDPBackend.MATH,
 }
 _CALLS, _ROUNDS, _KERNELS = 10, 5, 20
-_MANY_STEPS = 20
 
 
 def attention_shapes(settings: Settings) -> dict[str, tuple[int, int, int, int, int]]:
@@ -74,29 +75,6 @@ def _attention(shape: tuple[int, ...], backend: SDPBackend | None, settings: Set
     return round(min(seconds[1:]) / _CALLS * 1e6, 2)
 
 
-def probe_preset(name: str, settings: Settings, batches: list[int]) -> dict:
-    """Everything about one preset on one pipeline, compiled once.
-
-    Args:
-        batches: sizes at which pictures a second are counted, at 20 steps.
-    """
-    rung = next(rung for rung in LADDER if rung.name == name)
-    base = load_stock(settings)
-    pipe = rung.build(base, settings)
-    plan_s, _ = timed(pipe.explain, settings.device)
-    warm_s, _ = timed(lambda: pipe.warmup(sizes=[settings.size], batch_sizes=[settings.batch]), settings.device)
-    found = {"warm_up_s": round(plan_s + warm_s, 2)}
-    found["times"] = _times(pipe, settings)
-    found["encode_s"] = _median(lambda: _encode(pipe), settings)
-    found["wait_in_loop"] = wait_in_loop(pipe, settings)
-    found["pictures_per_s"] = {str(batch): _throughput(pipe, settings, batch) for batch in batches}
-    found["kernels"] = {part: _kernels(workload(part, pipe, settings), settings) for part in ("step", "vae")}
-    found["explain"] = pipe.explain().splitlines()
-    remove_graphs([pipe.unet, pipe.vae])
-    found["times_without_graphs"] = _times(pipe, settings)
-    return found
-
-
 def wait_in_loop(pipe, settings: Settings) -> str | None:
     """What waits for the GPU between the first step and the last, as CUDA's debug mode reports it; None for nothing."""
     if torch.device(settings.device).type != "cuda":
@@ -122,32 +100,140 @@ def wait_in_loop(pipe, settings: Settings) -> str | None:
     return None
 
 
-def _times(pipe, settings: Settings) -> dict[str, dict]:
-    times = {}
-    for part in ("step", "vae", "picture"):
-        function = workload(part, pipe, settings)
+def both_times(measure: str, stock, fast, settings: Settings) -> dict:
+    """Stock and fast timed in turn: seconds of both, and the ratio of each pair."""
+    functions = {name: workload(measure, pipe, settings) for name, pipe in (("stock", stock), ("fast", fast))}
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
         # What is new to it, it compiles or records at its first calls.
-        seconds = [timed(function, settings.device)[0] for _ in range(_ROUNDS + 2)]
-        times[part] = spread(seconds[2:])
-    return times
+        for _ in range(3):
+            timed(function, settings.device)
+    for _ in range(settings.rounds):
+        for name, function in functions.items():
+            seconds[name].append(timed(function, settings.device)[0])
+    ratios = [one / other for one, other in zip(seconds["stock"], seconds["fast"], strict=True)]
+    return {"ratio": spread(ratios, 3), **{name: spread(values) for name, values in seconds.items()}}
 
 
-def _encode(pipe) -> None:
+def error_against(stock, fast, settings: Settings, **call) -> dict:
+    """Relative distance of latents and picture from stock's, with the same seed on the same device."""
+    width, height = settings.size
+    shared = {"prompt": PROMPT, "width": width, "height": height, "num_inference_steps": settings.steps, **call}
+    errors = {}
+    for kind in ("latent", "pt"):
+        results = [
+            pipe(**shared, output_type=kind, generator=torch.Generator().manual_seed(0)).images.float()
+            for pipe in (stock, fast)
+        ]
+        if not torch.isfinite(results[1]).all():
+            raise RuntimeError(f"{kind}: the fast pipeline's result is not finite")
+        errors[kind] = float(f"{((results[1] - results[0]).norm() / results[0].norm()).item():.3g}")
+    return errors
+
+
+def product_tflops(device: str, rows: int, features: int, width: int, fp8: bool) -> float:
+    """Speed of (rows, features) x (features, width), bfloat16 or float8 with a scale a row: the best of five runs."""
+    left = torch.randn(rows, features, device=device, dtype=torch.bfloat16)
+    right = torch.randn(width, features, device=device, dtype=torch.bfloat16).t()
+    if fp8:
+        kind = torch.float8_e4m3fn
+        scales = [torch.ones(shape, device=device) for shape in ((rows, 1), (1, width))]
+        left, right = left.to(kind), right.to(kind)
+
+    def multiply() -> None:
+        for _ in range(_CALLS):
+            if fp8:
+                torch._scaled_mm(left, right, *scales, out_dtype=torch.bfloat16, use_fast_accum=True)
+            else:
+                left @ right
+
+    seconds = [timed(multiply, device)[0] for _ in range(_ROUNDS + 1)]
+    return round(2 * rows * features * width * _CALLS / min(seconds[1:]) / 1e12, 3)
+
+
+def copy_gb_per_s(device: str, count: int) -> float:
+    """Bytes read and written a second by a copy of `count` bytes."""
+    source = torch.empty(count, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = [timed(lambda: target.copy_(source), device)[0] for _ in range(_ROUNDS + 1)]
+    return round(2 * count / min(seconds[1:]) / 1e9, 1)
+
+
+def group_norms(settings: Settings) -> dict[str, dict[str, float | str]]:
+    """GroupNorm and SiLU of channels_last pictures: PyTorch's functions beside our operator."""
+    width, height = settings.size
+    operator, found = define_operator(), {}
+    for channels, level in ((320, 8), (640, 16), (1280, 32), (128, 1), (512, 8)):
+        samples = 2 * settings.batch if level in (8, 16, 32) and channels != 512 else settings.batch
+        kind = {"device": settings.device, "dtype": settings.dtype}
+        x = torch.randn(samples, channels, height // level, width // level, **kind)
+        x = x.to(memory_format=torch.channels_last)
+        scale, shift = (torch.randn(channels, **kind) for _ in range(2))
+        plain = functools.partial(lambda x, *p: F.silu(F.group_norm(x, 32, *p)), x, scale, shift)
+        ours = functools.partial(operator, x, 32, scale, shift, 1e-5, True)
+        error = (ours().float() - plain().float()).abs().max().item()
+        times = {name: _microseconds(function, settings) for name, function in (("PyTorch", plain), ("ours", ours))}
+        found[f"{tuple(x.shape)}"] = {**times, "largest difference": round(error, 5)}
+    return found
+
+
+def regions(settings: Settings) -> dict[str, Callable[[], float]]:
+    """One ResNet block and one transformer block, compiled in several ways: microseconds of a call."""
+    dtype, device = settings.dtype, settings.device
+    large = device == "cuda"
+    channels, side = (640, settings.size[0] // 16) if large else (32, 8)
+    samples = 2 * settings.batch
+
+    def resnet(options: dict, dynamic: bool) -> float:
+        block = ResnetBlock2D(in_channels=channels, temb_channels=4 * channels, groups=32)
+        block = block.to(device, dtype, memory_format=torch.channels_last).eval()
+        x = torch.randn(samples, channels, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+        time = torch.randn(samples, 4 * channels, device=device, dtype=dtype)
+        return _compiled(block, (x, time), options, dynamic, settings)
+
+    def transformer(fp8: bool) -> float:
+        block = BasicTransformerBlock(channels, max(1, channels // 64), 64, cross_attention_dim=2048 if large else 32)
+        block = block.to(device, dtype).eval()
+        if fp8:
+            quantize_(block, torchao_config("fp8-dynamic"))
+        x = torch.randn(samples, side * side, channels, device=device, dtype=dtype)
+        context = torch.randn(samples, 77, 2048 if large else 32, device=device, dtype=dtype)
+        return _compiled(block, (x, None, context), inductor_options(device, "regional", True), True, settings)
+
+    plain = {"conv_1x1_as_mm": True, "epilogue_fusion": False} if large else {}
+    layout = {**plain, "force_layout_optimization": True} if large else {}
+    ours = inductor_options(device, "regional", True)
+    if not large:
+        return {"ResNet, dynamic": lambda: resnet(plain, True)}
+    return {
+        "ResNet, dynamic": lambda: resnet(plain, True),
+        "ResNet, dynamic, layout option": lambda: resnet(layout, True),
+        "ResNet, dynamic, layout option, own GroupNorm": lambda: resnet(ours, True),
+        "ResNet, static": lambda: resnet(plain, False),
+        "transformer, bfloat16": lambda: transformer(False),
+        "transformer, fp8": lambda: transformer(True),
+    }
+
+
+def _compiled(block, inputs: tuple, options: dict, dynamic: bool, settings: Settings) -> float:
+    torch._dynamo.reset()
+    function = torch.compile(block.forward, fullgraph=True, dynamic=dynamic, options=options or None)
     with torch.no_grad():
-        pipe.encode_prompt(PROMPT, negative_prompt="blurry")
+        return _microseconds(lambda: function(*inputs), settings)
 
 
-def _median(function: Callable[[], object], settings: Settings) -> float:
-    return round(statistics.median([timed(function, settings.device)[0] for _ in range(_ROUNDS + 1)][1:]), 5)
+def _microseconds(function: Callable[[], object], settings: Settings) -> float:
+    def several() -> None:
+        for _ in range(_CALLS):
+            function()
+
+    with torch.no_grad():
+        several()
+        seconds = [timed(several, settings.device)[0] for _ in range(_ROUNDS)]
+    return round(min(seconds) / _CALLS * 1e6, 2)
 
 
-def _throughput(pipe, settings: Settings, batch: int) -> float:
-    many = workload("picture", pipe, dataclasses.replace(settings, batch=batch), steps=_MANY_STEPS)
-    seconds = [timed(many, settings.device)[0] for _ in range(4)]
-    return round(batch / min(seconds[1:]), 3)
-
-
-def _kernels(function: Callable[[], object], settings: Settings) -> list[dict]:
+def kernels(function: Callable[[], object], settings: Settings) -> list[dict]:
     """Where the time of one call goes: the kernels that take most of it."""
     on_gpu = torch.device(settings.device).type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
@@ -159,22 +245,3 @@ def _kernels(function: Callable[[], object], settings: Settings) -> list[dict]:
         {"name": event.key[:100], "calls": event.count, "ms": round(getattr(event, attribute) / 1e3, 4)}
         for event in events[:_KERNELS]
     ]
-
-
-def probe_report(probes: dict) -> str:
-    """The probes in Markdown."""
-    lines = ["| attention, us a call | " + " | ".join(BACKENDS) + " |", "|---" * (len(BACKENDS) + 1) + "|"]
-    for shape, times in probes["attention"].items():
-        cells = [f"{time:.1f}" if isinstance(time, float) else "-" for time in times.values()]
-        lines.append(f"| {shape} | " + " | ".join(cells) + " |")
-    lines += ["", "| preset | warm-up s | graphs | step ms | VAE ms | picture ms | encode ms | pictures/s | waits |"]
-    lines.append("|---" * 9 + "|")
-    for name, found in probes["presets"].items():
-        for graphs, key in (("as planned", "times"), ("off", "times_without_graphs")):
-            step, vae, picture = (found[key][part]["median"] * 1e3 for part in ("step", "vae", "picture"))
-            row = [name, f"{found['warm_up_s']:.0f}", graphs, f"{step:.2f}", f"{vae:.1f}", f"{picture:.0f}"]
-            rates = ", ".join(f"{rate:.2f} at {batch}" for batch, rate in found["pictures_per_s"].items())
-            waits = found["wait_in_loop"] or "none"
-            row += [f"{found['encode_s'] * 1e3:.1f}", rates, waits] if key == "times" else ["", "", ""]
-            lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)

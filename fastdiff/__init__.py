@@ -32,7 +32,8 @@ _HOMES = {
     "FastUniPCMultistepScheduler": "schedulers.twins",
     "FusedQKVAttnProcessor": "models.processor",
     "NonFiniteError": "models.finite",
-    "PlanStep": "plan",
+    "OptimizationWarning": "failures",
+    "PlanStep": "steps",
     "fast_scheduler": "schedulers",
 }
 

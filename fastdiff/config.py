@@ -56,6 +56,8 @@ class FastConfig:
             the steps, for example `(0.1, 0.8)`; outside of it the UNet does half the work.
         deep_cache_interval: lossy. The UNet's inner blocks run in every n-th step only, for example 2 or 3; not with
             `compile="full"` or `cuda_graphs=True`, which take the UNet as one piece.
+        strict: an optimisation that fails on this machine raises its error. By default it is taken off with one
+            warning, and the picture is drawn.
 
     Raises:
         TypeError: a field that does not exist.
@@ -73,11 +75,12 @@ class FastConfig:
     dtype: str | torch.dtype = "auto"
     guidance_interval: tuple[float, float] | None = None
     deep_cache_interval: int | None = None
+    strict: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("compile", self.compile, COMPILE_MODES)
         _check_choice("quantization", self.quantization, QUANTIZATION_SCHEMES)
-        for name in ("fuse_qkv", "context_cache", "channels_last", "host_schedule"):
+        for name in ("fuse_qkv", "context_cache", "channels_last", "host_schedule", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"FastConfig.{name} must be True or False, not {getattr(self, name)!r}.")
         for name in ("pack_weights", "cuda_graphs"):
@@ -126,7 +129,7 @@ class FastConfig:
     @property
     def is_off(self) -> bool:
         """True when nothing at all is to be applied, so that the stock classes stay in place."""
-        return self == FastConfig.preset("off", dtype=self.dtype)
+        return self == FastConfig.preset("off", dtype=self.dtype, strict=self.strict)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

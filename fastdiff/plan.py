@@ -16,41 +16,27 @@ This is the only file that knows the order:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from .compiler.compilation import apply_compilation, choose_compile, expect_new_graphs, undo_compilation
 from .config import FastConfig
+from .failures import Failures, is_answer
 from .graphs import GraphPool, apply_graphs, remove_graphs, why_no_graphs
 from .graphs.recording import CudaRecorder
 from .lossy.deep_cache import apply_deep_cache, remove_deep_cache
 from .lossy.guidance_interval import apply_guidance_interval
 from .models.attention import FastAttention, apply_fusion
 from .models.context import ContextKV
+from .models.group_norm import why_no_kernels
 from .models.memory_format import apply_channels_last
 from .models.offload import inner_offloading
 from .models.vae import FastAutoencoderKL
 from .schedulers import fast_scheduler
+from .steps import PlanStep
 from .weights import apply_packing, apply_quantization, check_scheme, choose_packing, choose_quantization, count_packed
-
-
-@dataclass(frozen=True)
-class PlanStep:
-    """One step of the plan.
-
-    Attributes:
-        name: what is done.
-        applied: whether it is done on this machine with this configuration.
-        reason: why, or why not.
-        lossless: whether results equal stock's within rounding.
-    """
-
-    name: str
-    applied: bool
-    reason: str
-    lossless: bool = True
-
 
 _OFF = "switched off by FastConfig.{}"
 
@@ -61,10 +47,12 @@ class Plan:
     Args:
         device: where the models run, which with offloading is not where they are.
         controlnets: fast ControlNets, treated as the UNet is.
+        failures: the steps that failed before, which are left out.
     """
 
-    def __init__(self, config: FastConfig, unet, vae, scheduler, controlnets=(), device=None):
-        self.config, self.unet, self.vae, self.scheduler = config, unet, vae, scheduler
+    def __init__(self, config: FastConfig, unet, vae, scheduler, controlnets=(), device=None, failures=None):
+        self.failures = failures or Failures(config.strict)
+        self.config, self.unet, self.vae, self.scheduler = self.failures.without(config), unet, vae, scheduler
         self.controlnets, self.device = list(controlnets), device or unet.device
         self.denoisers = [unet, *self.controlnets]
 
@@ -78,16 +66,40 @@ class Plan:
         names = "UNet, ControlNet and VAE" if self.controlnets else "UNet and VAE"
         return [
             PlanStep("convert", True, f"{names} share the stock weights"),
-            self._host_schedule(),
+            self._attempt("host schedule", self._host_schedule),
             *self._weights(),
-            self._context_cache(),
-            self._quantize(),
-            self._pack(),
-            self._compile(),
-            self._guidance_interval(),
-            self._deep_cache(),
-            self._capture(),
+            self._attempt("context_cache", self._context_cache),
+            self._attempt("quantize", self._quantize),
+            self._attempt("pack_weights", self._pack),
+            self._attempt("compile", self._compile),
+            self._attempt("guidance_interval", self._guidance_interval),
+            self._attempt("deep_cache", self._deep_cache),
+            self._attempt("cuda_graphs", self._capture),
         ]
+
+    def apply_schedule(self, steps: list[PlanStep]) -> list[PlanStep]:
+        """The steps of an applied plan for another scheduler, which changes nothing of the models."""
+        schedule = self._attempt("host schedule", self._host_schedule)
+        return [schedule if step.name == schedule.name else step for step in steps]
+
+    def _attempt(self, name: str, step: Callable[[], PlanStep]) -> PlanStep:
+        """Apply a step; one that fails, now or in an earlier picture, is taken off, and the plan says why."""
+        if name not in self.failures:
+            try:
+                return step()
+            except Exception as error:
+                if is_answer(error):
+                    raise
+                self.failures.note(name, error)
+                self.config = self.failures.without(self.config)
+        try:
+            left_out = step()
+        except Exception as error:
+            if is_answer(error):
+                raise
+            # Not even taking off what was done of it: half of a step gives right results, too.
+            left_out = PlanStep(name, False, "")
+        return replace(left_out, applied=False, reason=self.failures[name])
 
     def prepare_offload(self, fused: bool) -> None:
         """Do what has to be done before single layers are moved in and out; takes off compiled code.
@@ -111,7 +123,7 @@ class Plan:
     def _weights(self) -> list[PlanStep]:
         offloading = inner_offloading(self.unet)
         if offloading is None:
-            return [self._channels_last(), self._fuse()]
+            return [self._attempt("channels_last", self._channels_last), self._attempt("fuse_qkv", self._fuse)]
         layers = [m for model in self.denoisers for m in model.modules() if isinstance(m, FastAttention)]
         fused = sum(layer.is_fused for layer in layers)
         strides = self.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
@@ -129,10 +141,20 @@ class Plan:
         return PlanStep(name, True, f"{type(self.scheduler).__name__} keeps its schedule on the CPU")
 
     def _channels_last(self) -> PlanStep:
-        wanted = self.config.channels_last
+        wanted, norms = self.config.channels_last, self._why_no_norms()
         for model in (*self.denoisers, self.vae):
-            apply_channels_last(model, wanted)
-        return PlanStep("channels_last", wanted, "convolutions" if wanted else _OFF.format("channels_last"))
+            apply_channels_last(model, wanted, norms is None)
+        if not wanted:
+            return PlanStep("channels_last", False, _OFF.format("channels_last"))
+        if self.device.type != "cuda":
+            return PlanStep("channels_last", True, "convolutions")
+        return PlanStep("channels_last", True, f"convolutions{', and GroupNorms' if norms is None else f'; {norms}'}")
+
+    def _why_no_norms(self) -> str | None:
+        """Why our GroupNorm is not used, or None."""
+        if not self.config.channels_last:
+            return _OFF.format("channels_last")
+        return why_no_kernels(self.device, self.unet.dtype)
 
     def _fuse(self) -> PlanStep:
         name = "fuse_qkv"
@@ -217,12 +239,13 @@ class Plan:
         offloading = inner_offloading(self.unet)
         if choice.mode != "off" and offloading is not None:
             return PlanStep("compile", False, f"{offloading} moves weights inside of the regions")
+        norms = self._why_no_norms() is None
         for model in (*self.denoisers, self.vae):
             wanted = (choice.mode, self.device.type)
             if getattr(model, "compiled_for", ("off", self.device.type)) != wanted:
                 undo_compilation(model)
                 model.compiled_for = wanted
-                model.compiled_regions = 0 if choice.mode == "off" else apply_compilation(model, *wanted)
+                model.compiled_regions = 0 if choice.mode == "off" else apply_compilation(model, *wanted, norms)
             expect_new_graphs(model)
         if choice.mode == "off":
             return PlanStep("compile", False, choice.reason)
@@ -238,6 +261,7 @@ class Plan:
 
     def _deep_cache(self) -> PlanStep:
         name, interval = "deep_cache", self.config.deep_cache_interval
+        remove_deep_cache(self.unet)
         blocks = apply_deep_cache(self.unet) if interval is not None or self.had_deep_cache else 0
         if interval is None:
             return PlanStep(name, False, "opt-in: FastConfig.deep_cache_interval", lossless=False)
@@ -267,13 +291,3 @@ def weights_state(unet) -> tuple:
 
 def _is_fast(scheduler) -> bool:
     return type(scheduler).__qualname__.startswith("Fast")
-
-
-def format_plan(steps: list[PlanStep], header: str) -> str:
-    """Render steps as a table: mark, name, lossless or lossy, reason."""
-    width = max(len(step.name) for step in steps)
-    rows = [header]
-    for step in steps:
-        kind = "lossless" if step.lossless else "lossy"
-        rows.append(f"  {'on ' if step.applied else 'off'}  {step.name:<{width}}  {kind:<8}  {step.reason}")
-    return "\n".join(rows)

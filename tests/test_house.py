@@ -16,16 +16,17 @@ MAY_IMPORT = {
     "errors": set(),
     "checkpoint": set(),
     "limits": set(),
-    "plan_table": set(),
     "quiet": set(),
+    "failures": {"config"},
     "identity": set(),
     "models": {"identity"},
     "schedulers": {"identity"},
     "lossy": {"config"},
     "weights": {"models"},
-    "compiler": {"models"},
-    "graphs": {"models"},
+    "compiler": {"failures", "models"},
+    "graphs": {"failures", "models"},
     "shapes": set(),
+    "steps": set(),
 }
 LOW = set(MAY_IMPORT)
 MAY_IMPORT["plan"] = LOW

@@ -82,7 +82,8 @@ def _step(pipe: StableDiffusionXLPipeline, settings: Settings) -> Callable[[], t
     unet = pipe.unet
     inputs = step_inputs(unet, settings)
     if isinstance(unet, FastUNet2DConditionModel):
-        unet.prepare_timesteps(inputs["timestep"][None], torch.device(settings.device), unet.dtype)
+        # By the device that tensors name: rows of "cuda" are not found for "cuda:0".
+        unet.prepare_timesteps(inputs["timestep"][None], inputs["sample"].device, unet.dtype)
 
     def step() -> torch.Tensor:
         with torch.no_grad():

@@ -21,6 +21,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
+from .settings import CompilerSettings
+
 _CLASSES = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
 _NAMESPACE = "fastdiff"
 
@@ -48,7 +50,8 @@ class OpenChannels:
     """The compiler's settings while it traces and runs blocks of open channels, in this thread alone."""
 
     def __init__(self):
-        self._settings = torch._dynamo.config.patch(
+        self._settings = CompilerSettings(
+            torch._dynamo.config,
             force_parameter_static_shapes=False,
             force_nn_module_property_static_shapes=False,
             # Samplers compare their input's channels with a number of their own.

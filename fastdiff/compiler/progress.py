@@ -20,12 +20,9 @@ class CompileProgress:
 
     Args:
         bar_config: what `pipe.set_progress_bar_config` was given; `disable=True` shows nothing.
-        thorough: whether regions are to make the graphs for one sample and for several, whichever runs first.
     """
 
-    def __init__(self, bar_config: dict, thorough: bool = False):
-        self.thorough = thorough
-        self.visited: set[object] = set()
+    def __init__(self, bar_config: dict):
         self._config = bar_config
         self._bar: tqdm | None = None
         self._token: Token | None = None

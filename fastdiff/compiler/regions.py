@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from ..failures import has_failed, note_failure
 from .progress import current_progress
+from .settings import CompilerSettings
 
 # Graphs that one kind of block may gather: other dtypes, adapters that were loaded and unloaded. The compiler's own
 # limit is 8, beyond which a full graph raises.
@@ -29,14 +30,22 @@ class Region:
     def __init__(self, eager: Callable, label: str, compiled: Callable):
         self.eager, self.label, self.compiled = eager, label, compiled
         self.made: set = set()
+        self._failed = False
 
     def __call__(self, module: nn.Module, *args, **kwargs):
         key = self.graph_of(args[0])
-        if key in self.made:
-            return self.compiled(module, *args, **kwargs)
-        progress = current_progress()
-        with nullcontext() if progress is None else progress.compiling(self.label):
-            result = self.compiled(module, *args, **kwargs)
+        if self._failed or (key not in self.made and has_failed("compile")):
+            return self.eager(module, *args, **kwargs)
+        progress = current_progress() if key not in self.made else None
+        try:
+            with nullcontext() if progress is None else progress.compiling(self.label):
+                result = self.compiled(module, *args, **kwargs)
+        except Exception as error:
+            # What the plain code raises, too, is the caller's mistake.
+            result = self.eager(module, *args, **kwargs)
+            self._failed = True
+            note_failure("compile", error)
+            return result
         self.made.add(key)
         return result
 
@@ -44,7 +53,7 @@ class Region:
         """What tells the graphs of this region apart."""
         return sample.shape
 
-    def missing(self, sample: torch.Tensor, thorough: bool) -> int:
+    def missing(self, sample: torch.Tensor) -> int:
         """How many graphs a call of the model will make here."""
         return self.graph_of(sample) not in self.made
 
@@ -71,7 +80,7 @@ class SharedRegion(Region):
         super().__init__(eager, label, compiled)
         self._channels_last, self._stage = channels_last, stage
         # An open number, such as an epsilon, is traced, found to be needed as a constant, and all is traced again.
-        self._constants = torch._dynamo.config.patch(specialize_float=True)
+        self._constants = CompilerSettings(torch._dynamo.config, specialize_float=True)
 
     def __call__(self, module: nn.Module, *args, **kwargs):
         if kwargs.get("cross_attention_kwargs") == {}:
@@ -79,11 +88,6 @@ class SharedRegion(Region):
             kwargs["cross_attention_kwargs"] = None
         args = tuple(map(self._uniform, args))
         kwargs = {name: self._uniform(value) for name, value in kwargs.items()}
-        progress = current_progress()
-        if progress is not None and progress.thorough and self not in progress.visited:
-            progress.visited.add(self)
-            for samples in (1, 2):
-                self._enter(module, *_resized(args, samples), **_resized(kwargs, samples))
         if isinstance(args[-1], torch.Size):
             # An Upsample2D that is told its result's size, because that is odd. The ratio of the sizes would become
             # part of the graph; all that compiling could save here is a call, as a convolution is one either way.
@@ -110,10 +114,6 @@ class SharedRegion(Region):
     def graph_of(self, sample: torch.Tensor) -> bool:
         return sample.shape[0] == 1
 
-    def missing(self, sample: torch.Tensor, thorough: bool) -> int:
-        wanted = {True, False} if thorough else {self.graph_of(sample)}
-        return len(wanted - self.made)
-
 
 class Root:
     """The method of a model that the regions run in: sets the stage for compiling, in this thread and call alone.
@@ -126,14 +126,14 @@ class Root:
     def __init__(self, method: Callable, regions: Sequence[Region]):
         self._method, self._regions = method, regions
         # With duck shapes, a first picture as wide as high makes one symbol of both, and the second one recompiles.
-        # These overrides belong to the thread; made once, as each keeps a context variable for good.
-        self._shapes = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]  # no stub
-        self._limit = torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS)
+        shapes = torch.fx.experimental._config  # type: ignore[attr-defined]  # no stub
+        self._shapes = CompilerSettings(shapes, use_duck_shape=False)
+        self._limit = CompilerSettings(torch._dynamo.config, recompile_limit=_MAX_GRAPHS)
 
     def __call__(self, module: nn.Module, *args, **kwargs):
         progress = current_progress()
         if progress is not None:
-            progress.expect(sum(region.missing(args[0], progress.thorough) for region in self._regions))
+            progress.expect(sum(region.missing(args[0]) for region in self._regions))
         with self._shapes, self._limit:
             return self._method(module, *args, **kwargs)
 
@@ -142,17 +142,3 @@ def _has_scales(block: nn.Module) -> bool:
     """Whether a block has numbers that may be others in the next call: those of LoRAs and IP-Adapters."""
     parts = list(block.modules())
     return any(isinstance(part, BaseTunerLayer) or hasattr(getattr(part, "processor", None), "scale") for part in parts)
-
-
-def _resized(values: Any, samples: int) -> Any:
-    """The arguments of a block for another number of samples, and without a size that they may name."""
-
-    def resize(value: Any) -> Any:
-        # The mask that comes with cached keys holds for all samples.
-        if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape[:3] == (1, 1, 1):
-            return value
-        return torch.cat([value[:1]] * samples)
-
-    if isinstance(values, tuple):
-        values = tuple(None if isinstance(value, torch.Size) else value for value in values)
-    return pytree.tree_map(resize, values)

@@ -20,12 +20,12 @@ def why_no_graphs(requested: str | bool, device: torch.device) -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device is available"
 
 
-def apply_graphs(models: Iterable[nn.Module], pool: GraphPool, by_address: type) -> int:
+def apply_graphs(models: Iterable[nn.Module], pool: GraphPool, lasting: type) -> int:
     """Have UNets, ControlNets and VAE decoders replay graphs. To be called after compiling.
 
     Args:
         pool: keeps the graphs of all of them.
-        by_address: as for `GraphedMethod`.
+        lasting: as for `GraphedMethod`.
 
     Returns:
         The number of methods.
@@ -33,7 +33,7 @@ def apply_graphs(models: Iterable[nn.Module], pool: GraphPool, by_address: type)
     remove_graphs(models)
     targets = [target for model in models if (target := _target(model)) is not None]
     for module, name in targets:
-        setattr(module, name, GraphedMethod(module, name, pool, by_address))
+        setattr(module, name, GraphedMethod(module, name, pool, lasting))
     return len(targets)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import warnings
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -18,8 +17,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from .pool import Graph, GraphPool
-from .wiring import Wiring, addresses
+from ..failures import has_failed, note_failure
+from .pool import Graph, GraphPool, flat_tensors
+from .recording import capturing
+from .wiring import Wiring
 
 _PLAIN = (type(None), bool, int, float, str)
 
@@ -31,17 +32,17 @@ class GraphedMethod:
         module: has the method, and the weights that it uses.
         name: of the method.
         pool: keeps the graphs.
-        by_address: tuple type of arguments whose tensors keep their address between calls and are used where they
-            are. Other tensors are copied.
+        lasting: tuple type of arguments whose tensors seldom change between calls, and are copied when they have.
+            Other tensors are copied in every call.
     """
 
     _owners = itertools.count()
 
-    def __init__(self, module: nn.Module, name: str, pool: GraphPool, by_address: type[tuple]):
-        self.module, self.name, self.pool, self.by_address = module, name, pool, by_address
+    def __init__(self, module: nn.Module, name: str, pool: GraphPool, lasting: type[tuple]):
+        self.module, self.name, self.pool, self.lasting = module, name, pool, lasting
         # Compiled code, for example, which `remove_graphs` puts back.
         self.replaced = module.__dict__.get(name)
-        self._owner, self._has_warned = next(self._owners), False
+        self._owner, self._failed = next(self._owners), False
         self._wiring: Wiring | None = None
 
     def __deepcopy__(self, memo: dict) -> GraphedMethod:
@@ -53,17 +54,30 @@ class GraphedMethod:
     def __call__(self, *args, **kwargs):
         """Call the method, whose results are the caller's own."""
         # A graph holds no derivatives, and a compiler cannot look into it.
-        if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            # Inference tensors could not be written to later, outside of inference mode.
-            with self.pool.lock, torch.inference_mode(False), torch.no_grad():
-                leaves, structure = tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, self.by_address))
-                key = self._key(leaves, structure)
-                if key is not None and key not in self.pool:
-                    return self._first_call(key, leaves, structure)
-                graph = self.pool.get(key) if key is not None else None
-                if graph is not None:
-                    return self._replay(graph, leaves)
-        return self._function(*args, **kwargs)
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self._failed or has_failed("cuda_graphs"):
+            return self._function(*args, **kwargs)
+        # Inference tensors could not be written to later, outside of inference mode.
+        with self.pool.lock, torch.inference_mode(False), torch.no_grad():
+            try:
+                found, result = self._by_graph(args, kwargs)
+            except Exception as error:
+                # What the plain function raises, too, is the caller's mistake.
+                found, result = True, self._function(*args, **kwargs)
+                self._give_up(error)
+        return result if found else self._function(*args, **kwargs)
+
+    def _by_graph(self, args: tuple, kwargs: dict) -> tuple[bool, Any]:
+        """Whether a graph gives the result, or the first call for one, and the result."""
+        leaves, structure = tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, self.lasting))
+        key = self._key(leaves, structure)
+        if key is None:
+            return False, None
+        graph = self.pool.get(key)
+        if graph is not None:
+            return True, self._replay(graph, leaves)
+        if not self.pool.may_record(key):
+            return False, None
+        return True, self._first_call(key, leaves, structure)
 
     def clear(self) -> None:
         """Free the graphs; they are recorded again when needed."""
@@ -90,48 +104,58 @@ class GraphedMethod:
         return None if settings is None else (self._owner, structure, tuple(kinds), settings)
 
     def _kind(self, leaf: Any, device: torch.device) -> tuple | None:
-        if isinstance(leaf, self.by_address):
-            return tuple((*addresses(t), t.shape, t.stride(), t.dtype) for t in leaf if t is not None)
+        if isinstance(leaf, self.lasting):
+            tensors = [t for t in leaf if t is not None]
+            # Inference tensors do not tell when they are written to.
+            if any(t.device != device or t.is_inference() for t in tensors):
+                return None
+            return tuple((t.shape, t.stride(), t.dtype) for t in tensors)
         if isinstance(leaf, torch.Tensor):
             return (leaf.shape, leaf.stride(), leaf.dtype) if leaf.device == device else None
         return (type(leaf), leaf) if isinstance(leaf, _PLAIN) else None
 
     def _first_call(self, key: tuple, leaves: list, structure) -> Any:
-        buffers = [torch.empty_like(x).copy_(x) if isinstance(x, torch.Tensor) else x for x in leaves]
-
-        def run() -> Any:
-            # Lists are made anew each time: the model may empty those that it is given.
-            args, kwargs = tree_unflatten(buffers, structure)
-            return self._function(*args, **kwargs)
-
-        recorder = self.pool.recorder
+        recorder, tuples = self.pool.recorder, self._lasting_among(leaves)
         with recorder.exclusive():
-            # What this raises is the caller's mistake, or the model's, as without graphs.
+            kinds = tuple(self._kind(each, recorder.device) for each in tuples)
+            lasting = self.pool.lasting((self._owner, kinds), flat_tensors(tuples))
+            lasting.fill(flat_tensors(tuples))
+            buffers = [torch.empty_like(x).copy_(x) if isinstance(x, torch.Tensor) else x for x in leaves]
+            spread = iter(lasting.buffers)
+            for index, leaf in enumerate(leaves):
+                if isinstance(leaf, self.lasting):
+                    buffers[index] = type(leaf)(*(None if t is None else next(spread) for t in leaf))
+
+            def run() -> Any:
+                # Lists are made anew each time: the model may empty those that it is given.
+                args, kwargs = tree_unflatten(buffers, structure)
+                return self._function(*args, **kwargs)
+
             result = recorder.warm_up(run)
+            inputs = [(i, buffers[i]) for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
             try:
-                inputs = [(i, buffers[i]) for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-                graph = Graph(inputs, recorder.record(run))
+                with capturing:
+                    recording = recorder.record(run)
             except Exception as error:
-                graph = None
-                self._warn(error)
-        self.pool.add(key, graph)
+                self.pool.refuse(key)
+                self._give_up(error)
+                return result
+        self.pool.add(key, Graph(inputs, lasting, recording))
         return result
+
+    def _lasting_among(self, leaves: list) -> list:
+        return [leaf for leaf in leaves if isinstance(leaf, self.lasting)]
 
     def _replay(self, graph: Graph, leaves: list) -> Any:
         with self.pool.recorder.exclusive():
+            graph.lasting.fill(flat_tensors(self._lasting_among(leaves)))
             for index, buffer in graph.inputs:
                 buffer.copy_(leaves[index])
             graph.recording.replay()
             return tree_map_only(torch.Tensor, torch.clone, graph.recording.outputs)
 
-    def _warn(self, error: Exception) -> None:
-        if not self._has_warned:
-            self._has_warned = True
-            what = f"{type(self.module).__qualname__}.{self.name}"
-            reason = f"{type(error).__name__}: {error}"
-            warnings.warn(
-                f"{what} runs without a CUDA graph, because recording one failed ({reason}). Results are right; "
-                "FastConfig(cuda_graphs=False) saves the attempt.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+    def _give_up(self, error: Exception) -> None:
+        """Record nothing any more, replay nothing any more."""
+        self._failed = True
+        self.clear()
+        note_failure("cuda_graphs", error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import torch
 _MEMORY_SHARE = 0.25
 # Compiles, lets cuDNN and cuBLAS choose and allocate; a recording must do none of it.
 _WARM_UP_CALLS = 2
+# CUDA can record one graph at a time in a process, whatever pipeline or GPU it is for.
+capturing = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,20 @@ class Recorder(Protocol):
         """Put what the current thread does on the device after what others did before within it."""
 
 
+@contextmanager
+def searching_kernels():
+    """Have cuDNN time its kernels for shapes that are new to it, here and nowhere else.
+
+    What it finds it keeps, and uses in recordings too.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 class CudaRecorder:
     """Records CUDA graphs, which share one private memory pool.
 
@@ -65,7 +82,7 @@ class CudaRecorder:
         """See `Recorder`. On a side stream, as recording does."""
         outer = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(outer)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), searching_kernels():
             for _ in range(_WARM_UP_CALLS):
                 result = function()
         outer.wait_stream(self._stream)

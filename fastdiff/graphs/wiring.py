@@ -59,17 +59,13 @@ class Wiring:
                 return None
         processors = []
         for attn in self._attentions:
-            processor = attn.processor
-            if processor.__dict__:
+            state = dict(attn.processor.__dict__)
+            backend = state.pop("_attention_backend", None)
+            if state:
                 return None
-            processors.append(type(processor))
+            processors.append((type(attn.processor), backend))
         freeu = tuple(getattr(block, name, None) for block in self._freeu_blocks for name in _FREEU)
         return getattr(self._module, "revision", 0), tuple(processors), freeu, tuple(map(_tuner_state, self._tuners))
-
-
-def addresses(tensor: torch.Tensor) -> list[int]:
-    """Where the numbers of a tensor are."""
-    return [leaf.data_ptr() for leaf in leaves(tensor)]
 
 
 def _is_own(hook) -> bool:

@@ -29,7 +29,7 @@ class DenoisingLoop:
     @property
     def config(self) -> FastConfig:
         """The configuration of the call's pipeline; others over the same UNet may have another."""
-        return self._pipe.fast_config
+        return self._pipe.active_config
 
     @property
     def fraction(self) -> float:

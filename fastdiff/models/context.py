@@ -41,6 +41,11 @@ class _Entry:
         self.state: tuple | None = None
 
     @property
+    def is_idle(self) -> bool:
+        """Whether the context that this was projected from is gone."""
+        return self.context is None or self.context() is None
+
+    @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for kv in self.storage for t in (kv.key, kv.value))
 
@@ -54,15 +59,17 @@ class ContextCache:
     and attention projects it in each step as stock does. Only edits through `.data` of a tensor that is then passed
     again leave no trace; pipelines build a new context for each call.
 
-    Storage keeps its address: a context whose tensor has died leaves its entry to the next one of the same shape.
-    At most `MAX_ENTRIES` entries are kept, oldest out first; an entry in use by another thread is dropped from the
-    cache, never overwritten.
+    A context whose tensor has died leaves its storage to the next one of the same shape. Of such entries at most
+    `MAX_IDLE` are kept, and of all together `MAX_ENTRIES`, oldest out first; an entry in use by another thread is
+    dropped from the cache, never overwritten.
 
     Args:
         layers: the cross-attention modules (`attn2`), in the order of the returned tuple.
     """
 
-    MAX_ENTRIES = 4
+    # Prompts in flight at once; with more of them each step would project its context anew.
+    MAX_ENTRIES = 16
+    MAX_IDLE = 4
 
     def __init__(self, layers: list[Attention]):
         self.layers = layers
@@ -121,11 +128,15 @@ class ContextCache:
                 return entry
         signature = _signature(context, self.layers[0])
         for entry in self._entries.values():
-            if entry.signature == signature and (entry.context is None or entry.context() is None):
+            if entry.signature == signature and entry.is_idle:
                 break
         else:
             entry = _Entry(signature)
             self._entries[id(entry)] = entry
+            idle = [key for key, kept in self._entries.items() if kept is not entry and kept.is_idle]
+            live = len(self._entries) - len(idle)
+            for key in idle[: len(idle) - max(0, self.MAX_IDLE - live)]:
+                del self._entries[key]
             while len(self._entries) > self.MAX_ENTRIES:
                 self._entries.popitem(last=False)
         self._entries.move_to_end(id(entry))
@@ -196,7 +207,9 @@ def _needs_grad(attn: Attention) -> bool:
 def _signature(context: torch.Tensor, attn: Attention) -> tuple:
     kind = context.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return context.shape, context.device, context.dtype, attn.to_k.weight.dtype, autocast
+    # What another stream still reads, this one must not write to.
+    stream = torch.cuda.current_stream(context.device).cuda_stream if kind == "cuda" else None
+    return context.shape, context.device, context.dtype, attn.to_k.weight.dtype, autocast, stream
 
 
 def _projection_state(attn: Attention) -> tuple:

@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# Of results around 1, of which bfloat16 keeps 8 bits; another result differs by more.
+_LARGEST_DIFFERENCE = 0.1
+
 
 @functools.cache
 def define_operator() -> torch._ops.OpOverload:
@@ -36,6 +39,25 @@ def define_operator() -> torch._ops.OpOverload:
 def has_kernels() -> bool:
     """Whether Triton is installed, without importing it."""
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why GroupNorms on a device are left to PyTorch, or None; the kernels are tried, and compared, once."""
+    if device.type != "cuda":
+        return f"there are no kernels for {device.type}"
+    if not has_kernels():
+        return "Triton is not installed"
+    try:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, 60, 17, 9, generator=generator).mul_(3).add_(5)
+        scale, shift = torch.randn(2, 60, generator=generator)
+        x = x.to(device, dtype).to(memory_format=torch.channels_last)
+        call = x, 6, scale.to(device, dtype), shift.to(device, dtype), 1e-5, True
+        difference = (_on_cuda(*call) - _plain(*call)).abs().max().item()
+    except Exception as error:
+        return f"the kernels failed: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+    return None if difference < _LARGEST_DIFFERENCE else f"the kernels differ by {difference:.3g}"
 
 
 def is_channels_last(x: torch.Tensor) -> bool:

@@ -6,6 +6,8 @@ import torch
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
+from .group_norm import ChannelsLastGroupNorm
+
 
 class ChannelsLastTransformer2DModel(Transformer2DModel):
     """diffusers' `Transformer2DModel`, which leaves its result in channels_last.
@@ -21,9 +23,17 @@ class ChannelsLastTransformer2DModel(Transformer2DModel):
         return _as_picture(self.proj_out(hidden_states), height, width) + residual
 
 
-def apply_channels_last(model: nn.Module, enabled: bool) -> None:
-    """Bring a model's convolutions into NHWC, or back into NCHW; a model that is there already is left as it is."""
+def apply_channels_last(model: nn.Module, enabled: bool, own_norms: bool = False) -> None:
+    """Bring a model's convolutions into NHWC, or back into NCHW; a model that is there already is left as it is.
+
+    Args:
+        own_norms: have GroupNorms keep that format, too, by our kernels.
+    """
     for module in model.modules():
+        if enabled and own_norms and type(module) is nn.GroupNorm:
+            module.__class__ = ChannelsLastGroupNorm
+        elif not (enabled and own_norms) and type(module) is ChannelsLastGroupNorm:
+            module.__class__ = nn.GroupNorm
         if enabled and type(module) is Transformer2DModel:
             module.__class__ = ChannelsLastTransformer2DModel
         elif not enabled and type(module) is ChannelsLastTransformer2DModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from .context import ContextKV
@@ -16,10 +17,16 @@ class FusedQKVAttnProcessor(AttnProcessor2_0):
 
     - self-attention of a fused `FastAttention`: one projection `to_qkv` in place of three;
     - cross-attention whose `encoder_hidden_states` is a `ContextKV`: only `to_q` is computed;
-    - all else (a layer with an active LoRA, a context that is not cached): the stock processor.
+    - all else (a layer with an active LoRA, a context that is not cached): the stock processor, or with an attention
+      backend, which that does not know, the separate projections.
+
+    `model.set_attention_backend(name)` sets the backend, as on diffusers' newer models; without one, PyTorch chooses.
     """
 
     accepts_context_kv = True
+    # Where diffusers looks whether a processor can have a backend.
+    _attention_backend: AttentionBackendName | None = None
+    _parallel_config = None
 
     def __call__(
         self,
@@ -34,7 +41,8 @@ class FusedQKVAttnProcessor(AttnProcessor2_0):
         """Attend. `hidden_states`: (batch, tokens, channels) or (batch, channels, height, width); returns its shape."""
         cached = isinstance(encoder_hidden_states, ContextKV)
         fused = encoder_hidden_states is None and getattr(attn, "to_qkv", None) is not None
-        if not (cached or fused) or attn.spatial_norm is not None:
+        separate = self._attention_backend is not None and not attn.norm_cross
+        if not (cached or fused or separate) or attn.spatial_norm is not None:
             return super().__call__(
                 attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs
             )
@@ -47,11 +55,14 @@ class FusedQKVAttnProcessor(AttnProcessor2_0):
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
         padding_mask = None
-        if isinstance(encoder_hidden_states, ContextKV):
+        if cached:
             query = attn.to_q(hidden_states)
             key, value, padding_mask = encoder_hidden_states
-        else:
+        elif fused:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+            query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
         if attn.norm_q is not None:
             query = attn.norm_q(query)
@@ -64,8 +75,7 @@ class FusedQKVAttnProcessor(AttnProcessor2_0):
             key, value = (x[:, :, : attention_mask.shape[-1]] for x in (key, value))
             attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[2], key.shape[0])
             attention_mask = attention_mask.unflatten(0, (-1, attn.heads))
-        hidden_states = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-        hidden_states = hidden_states.transpose(1, 2).flatten(2)
+        hidden_states = self._attend(query, key, value, attention_mask).flatten(2)
         for layer in attn.to_out:
             hidden_states = layer(hidden_states)
 
@@ -76,3 +86,10 @@ class FusedQKVAttnProcessor(AttnProcessor2_0):
         if attn.rescale_output_factor != 1:
             hidden_states = hidden_states / attn.rescale_output_factor
         return hidden_states
+
+    def _attend(self, query, key, value, mask: torch.Tensor | None) -> torch.Tensor:
+        """Attention of (batch, heads, tokens, head_dim), heads behind tokens in the result."""
+        if self._attention_backend is None:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)

@@ -16,13 +16,15 @@ from diffusers.image_processor import VaeImageProcessor
 
 from ..compiler.progress import CompileProgress
 from ..config import FastConfig
+from ..failures import Failures, random_states
 from ..graphs import graph_pools, graphed_methods
 from ..lossy.loop import DenoisingLoop
 from ..models.controlnet import FastControlNetModel, fast_controlnets
 from ..models.finite import FiniteCheck, NonFiniteError
 from ..models.unet import FastUNet2DConditionModel
-from ..plan import Plan, PlanStep, format_plan, weights_state
-from ..plan_table import PlanTable
+from ..plan import Plan, weights_state
+from ..schedulers import stock_scheduler
+from ..steps import PlanStep, PlanTable, format_plan
 from .components import check_components, convert_component
 from .loading import FastLoadingMixin
 from .postprocess import FastImageProcessor
@@ -86,6 +88,7 @@ class FastPipelineMixin(WarmupMixin, SavingMixin, FastLoadingMixin):
         cls.__call__ = __call__
 
     def _init_fast(self, config: FastConfig) -> None:
+        self._failures = Failures(config.strict)
         self.fast_config = config
         self._calls = _Calls()
         self._owner: weakref.ref[FastPipelineMixin] | None = None
@@ -100,10 +103,15 @@ class FastPipelineMixin(WarmupMixin, SavingMixin, FastLoadingMixin):
     def __setattr__(self, name: str, value) -> None:
         # `pipe.scheduler = LCMScheduler.from_config(...)` and the like get their fast twins as in the constructor.
         if "fast_config" in self.__dict__:
-            value = convert_component(name, value, self.fast_config)
+            value = convert_component(name, value, self.active_config)
         super().__setattr__(name, value)
 
     # The plan
+
+    @property
+    def active_config(self) -> FastConfig:
+        """`fast_config` without the optimisations that failed here."""
+        return self._failures.without(self.fast_config)
 
     @property
     def plan(self) -> list[PlanStep]:
@@ -146,7 +154,14 @@ class FastPipelineMixin(WarmupMixin, SavingMixin, FastLoadingMixin):
 
     def _apply_plan(self) -> list[PlanStep]:
         with self._calls.planning:
-            if self._plan_key != self._current_key():
+            if "host schedule" in self._failures:
+                self.scheduler = stock_scheduler(self.scheduler)
+            key = self._current_key()
+            if self._plan_key is not None and key != self._plan_key and key[1:] == self._plan_key[1:]:
+                # Another scheduler changes nothing of what was compiled and recorded.
+                self._plan = self._new_plan().apply_schedule(self._plan)
+                self._plan_key = key
+            if self._plan_key != key:
                 self._plan = self._new_plan().apply()
                 self._plan_key = self._current_key()
                 self._install_artifacts(self._plan)
@@ -155,14 +170,15 @@ class FastPipelineMixin(WarmupMixin, SavingMixin, FastLoadingMixin):
     def _current_key(self) -> tuple:
         """What the plan was made for. A pipeline that was moved, cast, offloaded, or given another component, or whose
         weights somebody asked for, gets its plan anew."""
-        components = (self.unet, self.vae, self.scheduler, getattr(self, "controlnet", None))
+        components = (self.scheduler, self.unet, self.vae, getattr(self, "controlnet", None))
         state = (self.unet.device, self.unet.dtype, getattr(self.unet, "revision", None), self._execution_device)
-        return (*state, hasattr(self.unet, "_diffusers_hook"), *weights_state(self.unet), *map(id, components))
+        state = (*state, hasattr(self.unet, "_diffusers_hook"), self._failures.steps)
+        return (*map(id, components), *state, *weights_state(self.unet))
 
     def _new_plan(self) -> Plan:
         controlnets = fast_controlnets(getattr(self, "controlnet", None))
         device = self._execution_device
-        return Plan(self.fast_config, self.unet, self.vae, self.scheduler, controlnets, device)
+        return Plan(self.fast_config, self.unet, self.vae, self.scheduler, controlnets, device, self._failures)
 
     def enable_sequential_cpu_offload(self, *args, **kwargs) -> None:
         """As upstream. Projections stay separate, and nothing is compiled or quantized any more."""
@@ -178,8 +194,26 @@ class FastPipelineMixin(WarmupMixin, SavingMixin, FastLoadingMixin):
 
     @torch.no_grad()
     def __call__(self, *args, **kwargs):
-        bars = getattr(self, "_progress_bar_config", {})
-        with self._owned_call() as pipe, FiniteCheck() as check, CompileProgress(bars):
+        taken_off, put_back = {}, random_states(kwargs.get("generator"))
+        while True:
+            try:
+                output = self._draw(*args, **kwargs)
+            except Exception as error:
+                # With a plan that has drawn a picture, it is the call that is at fault.
+                step = self._failures.culprit(error) if self._drawn_with != self._plan_key else None
+                if step is None:
+                    self._failures.forget(taken_off)
+                    raise
+                self._failures.take_off(step, error)
+                taken_off[step] = error
+                put_back()
+            else:
+                self._failures.confirm(taken_off)
+                return output
+
+    def _draw(self, *args, **kwargs):
+        bars, watching = getattr(self, "_progress_bar_config", {}), self._failures.watching()
+        with self._owned_call() as pipe, FiniteCheck() as check, CompileProgress(bars), watching:
             output = super(FastPipelineMixin, pipe).__call__(*args, **kwargs)
             self._drawn_with = self._plan_key
             if not self.fast_config.is_off:

@@ -31,6 +31,10 @@ class WarmupMixin(_Pipeline):
     ) -> None:
         """Compile and fill caches ahead of the first request, with a progress bar.
 
+        What is compiled serves every size and length of prompt; a model that gets one sample and one that gets several
+        have code of their own. So a call of one picture with guidance, as is asked for by default, leaves nothing to
+        compile for other such calls; `batch_sizes=[1, 2], guidance_scale=1.0` leaves nothing for any call.
+
         Pictures, masks and control pictures that the pipeline takes are black ones unless `kwargs` has them.
 
         Args:
@@ -43,7 +47,7 @@ class WarmupMixin(_Pipeline):
         shown = dict(getattr(self, "_progress_bar_config", {}))
         self.set_progress_bar_config(**{**shown, "disable": True})
         try:
-            with CompileProgress(shown, thorough=True):
+            with CompileProgress(shown):
                 for width, height, batch in tqdm(
                     combinations, desc="warm-up", unit="size", disable=shown.get("disable")
                 ):
@@ -53,7 +57,7 @@ class WarmupMixin(_Pipeline):
         self._warmed_up = (*self._warmed_up, *((*combination, kwargs) for combination in combinations))
 
     def _warmup_call(self, width: int, height: int, batch: int) -> dict:
-        interval = self.fast_config.guidance_interval
+        interval = self.active_config.guidance_interval
         steps = 2 if interval is None else warmup_steps(interval)
         black = Image.new("RGB", (width, height))
         control = [black] * len(nets) if (nets := getattr(getattr(self, "controlnet", None), "nets", None)) else black
@@ -107,4 +111,4 @@ class WarmupMixin(_Pipeline):
         return artifact_key(self.unet, self.vae, self._execution_device, self._compile_mode(), steps)
 
     def _compile_mode(self) -> str:
-        return choose_compile(self.fast_config.compile, self.unet, self._execution_device).mode
+        return choose_compile(self.active_config.compile, self.unet, self._execution_device).mode

@@ -97,3 +97,9 @@ def fast_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     """
     twin = FAST_CLASSES.get(type(scheduler))
     return scheduler if twin is None else twin.from_stock(scheduler)
+
+
+def stock_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """The stock twin of a fast scheduler, with its configuration; any other scheduler as it is."""
+    stock = next((stock for stock, twin in _TWINS.items() if type(scheduler) is twin), None)
+    return scheduler if stock is None else stock.from_config(scheduler.config)

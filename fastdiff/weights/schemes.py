@@ -48,7 +48,7 @@ def choose_quantization(
     if requested == "auto":
         if device.type == "cpu":
             return _choose_on_cpu(dtype, parameters, is_compiled, is_shared, has_adapters)
-        return _choose(device, dtype, has_adapters)
+        return _choose(device, dtype, is_compiled, has_adapters)
     capability = _capability(device)
     if requested.startswith("fp8") and (capability is None or capability < (8, 9)):
         raise ValueError(
@@ -111,10 +111,12 @@ def check_scheme(model: nn.Module, requested: str) -> None:
         )
 
 
-def _choose(device: torch.device, dtype: torch.dtype, has_adapters: bool) -> QuantizationChoice:
+def _choose(device: torch.device, dtype: torch.dtype, is_compiled: bool, has_adapters: bool) -> QuantizationChoice:
     capability = _capability(device)
     if capability is None:
         return QuantizationChoice(None, f"no scheme was measured to be faster than bfloat16 on {device.type}")
+    if not is_compiled:
+        return QuantizationChoice(None, "nothing is compiled, and quantizing inputs unfused costs more than is saved")
     if (why := _why_not(dtype, has_adapters)) is not None:
         return QuantizationChoice(None, why)
     if capability >= (8, 9):

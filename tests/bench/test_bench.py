@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -260,29 +258,6 @@ def test_plot_without_matplotlib_names_the_extra(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # Python's own mark of a module that cannot be imported
     assert main(["bench", "--plot", str(tmp_path / "x.png")]) == 2
     assert "pip install '.[bench]'" in capsys.readouterr().err
-
-
-def test_gpu_script_passes_its_dry_run(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--dry-run", "--batches", "1", "--out", tmp_path]
-    first = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert first.returncode == 0, first.stderr
-    (probes,) = tmp_path.glob("gpu_probes_dry_*.json")
-    found = json.loads(probes.read_text())
-    assert all(found["attention"][shape]["default"] > 0 for shape in ("self, outer level", "cross, inner level", "VAE"))
-    for preset in ("exact", "balanced"):
-        assert set(found["presets"][preset]["times"]) == {"picture", "step", "vae"}
-        assert set(found["presets"][preset]["times_without_graphs"]) == {"picture", "step", "vae"}
-        assert found["presets"][preset]["pictures_per_s"]["1"] > 0
-        assert len(found["presets"][preset]["kernels"]["step"]) > 5
-    assert "| exact | " in first.stdout and "| attention, us a call | default | cudnn |" in first.stdout
-    (path,) = tmp_path.glob("ladder_dry_batch1_*.json")
-    results = json.loads(path.read_text())
-    assert results["step_flops"] > 0 and results["matmul_tflops"] > 0
-    assert [set(rung["times"]) for rung in results["rungs"].values()] == [{"picture", "step", "vae"}] * 4
-    assert path.with_suffix(".png").exists()
-    balanced = 'fastdiff "balanced" (default): + quantization where it wins (as exact)'
-    for label in ("UNet ms/step", "waits/step", 'fastdiff "exact"', balanced):
-        assert label in first.stdout
 
 
 def test_weights_of_a_quantized_model_are_counted():

@@ -128,13 +128,20 @@ def test_storage_keeps_its_addresses(pair):
 
 
 def test_two_contexts_alive_do_not_share_storage(pair, check):
-    inputs = [unet_inputs(pair[1], seed=seed) for seed in range(7)]
+    cache = pair[0].context_cache
+    inputs = [unet_inputs(pair[1], seed=seed) for seed in range(cache.MAX_ENTRIES + 2)]
+    check(inputs[0])
+    one_entry = cache.nbytes
     for _ in range(2):
         for one in inputs:
             check(one)
-    cache = pair[0].context_cache
-    one_entry = cache.nbytes // cache.MAX_ENTRIES
     assert cache.nbytes == cache.MAX_ENTRIES * one_entry > 0
+    del inputs, one
+    gc.collect()
+    check(unet_inputs(pair[1], seed=0))
+    gc.collect()
+    check(unet_inputs(pair[1], seed=1, batch=1))
+    assert cache.nbytes < (cache.MAX_IDLE + 1) * one_entry
     pair[0].to(torch.float32)
     assert cache.nbytes == 0
 

@@ -13,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastdiff.models.group_norm import ChannelsLastGroupNorm, define_operator, has_kernels, is_channels_last
+from fastdiff.models import group_norm
+from fastdiff.models.group_norm import (
+    ChannelsLastGroupNorm,
+    define_operator,
+    has_kernels,
+    is_channels_last,
+    why_no_kernels,
+)
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 # Samples, channels, groups, height, width: groups of 10, 20, 4 and 7 channels, odd sizes, one pixel.
@@ -57,6 +64,24 @@ def test_layer_is_an_ordinary_one_where_there_are_no_kernels():
     layer(x).sum().backward()
     assert x.grad is not None
     assert has_kernels() is (importlib.util.find_spec("triton") is not None)
+
+
+def test_kernels_are_tried_before_they_are_used(monkeypatch):
+    cuda, kind = torch.device("cuda"), torch.float32
+    assert why_no_kernels(torch.device("cpu"), kind) == "there are no kernels for cpu"
+    monkeypatch.setattr(group_norm, "has_kernels", lambda: False)
+    assert why_no_kernels.__wrapped__(cuda, kind) == "Triton is not installed"
+    monkeypatch.setattr(group_norm, "has_kernels", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *_, memory_format=None: (
+        x if memory_format is None else x.contiguous(memory_format=memory_format)))  # fmt: skip
+    for works, answer in (
+        (lambda *call: group_norm._plain(*call), None),
+        (lambda *call: group_norm._plain(*call) + 1, "the kernels differ by 1"),
+        (lambda *call: 1 / 0, "the kernels failed: ZeroDivisionError"),
+    ):
+        monkeypatch.setattr(group_norm, "_on_cuda", works)
+        why = why_no_kernels.__wrapped__(cuda, kind)
+        assert why == answer if answer is None else why.startswith(answer)
 
 
 @needs_triton

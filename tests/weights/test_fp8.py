@@ -7,7 +7,7 @@ import torch
 from support.embedded import draw, load_fast
 from torchao.quantization import quantize_
 
-from fastdiff.weights import apply_quantization
+from fastdiff.weights import apply_quantization, choose_quantization
 from fastdiff.weights.quantization import torchao_config
 
 
@@ -45,3 +45,14 @@ def test_rows_of_zeros_tiny_and_large_values(float8_anywhere):
     assert torch.isfinite(result).all()
     error = (result - expected).float().norm(dim=1) / expected.float().norm(dim=1)
     assert error.max() < 0.1
+
+
+@pytest.mark.parametrize(("is_compiled", "scheme"), [(True, "fp8-dynamic"), (False, None)])
+def test_float8_is_chosen_where_its_quantizing_is_compiled(monkeypatch, is_compiled, scheme):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    kind = torch.device("cuda"), torch.bfloat16
+    choice = choose_quantization("auto", *kind, parameters=2_600_000_000, is_compiled=is_compiled)
+    assert choice.scheme == scheme and (scheme or "nothing is compiled" in choice.reason)
+    # Whoever asks for it gets it.
+    asked = choose_quantization("fp8-dynamic", *kind, parameters=2_600_000_000, is_compiled=is_compiled)
+    assert asked.scheme == "fp8-dynamic"
