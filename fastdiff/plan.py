@@ -21,24 +21,28 @@ from dataclasses import replace
 
 import torch
 
-from .compiler.compilation import apply_compilation, choose_compile, expect_new_graphs, undo_compilation
+from .compiler import apply_compilation, choose_compile, compiled_by_user, expect_new_graphs, undo_compilation
 from .config import FastConfig
 from .failures import Failures, is_answer
 from .graphs import GraphPool, apply_graphs, remove_graphs, why_no_graphs
 from .graphs.recording import CudaRecorder
 from .lossy.deep_cache import apply_deep_cache, remove_deep_cache
 from .lossy.guidance_interval import apply_guidance_interval
-from .models.attention import FastAttention, apply_fusion
+from .models.attention import FastAttention
+from .models.base import FastModelMixin, casts_layerwise, prepare_compiled, unwrapped
 from .models.context import ContextKV
 from .models.group_norm import why_no_kernels
 from .models.memory_format import apply_channels_last
 from .models.offload import inner_offloading
+from .models.storage import quantized_by_hand
+from .models.unet import FastUNet2DConditionModel
 from .models.vae import FastAutoencoderKL
 from .schedulers import fast_scheduler
 from .steps import PlanStep
-from .weights import apply_packing, apply_quantization, check_scheme, choose_packing, choose_quantization, count_packed
+from .weights import apply_packing, apply_quantization, check_scheme, choose_packing, choose_quantization
 
 _OFF = "switched off by FastConfig.{}"
+_ONE_GRAPH = "you compiled the UNet, whose graph is the same in each step"
 
 
 class Plan:
@@ -52,14 +56,21 @@ class Plan:
 
     def __init__(self, config: FastConfig, unet, vae, scheduler, controlnets=(), device=None, failures=None):
         self.failures = failures or Failures(config.strict)
-        self.config, self.unet, self.vae, self.scheduler = self.failures.without(config), unet, vae, scheduler
-        self.controlnets, self.device = list(controlnets), device or unet.device
-        self.denoisers = [unet, *self.controlnets]
+        self.config, self.scheduler = self.failures.without(config), scheduler
+        self.unet, self.vae = unwrapped(unet), unwrapped(vae)
+        self.controlnets, self.device = [unwrapped(net) for net in controlnets], device or unet.device
+        self.denoisers = [self.unet, *self.controlnets]
+        components = (unet, *controlnets, vae)
+        self.by_user = {id(unwrapped(c)): how for c in components if (how := compiled_by_user(c)) is not None}
+        for component in components:
+            prepare_compiled(component)
 
     def apply(self) -> list[PlanStep]:
         """Apply every step that is not yet in place, in order; returns all steps."""
         if self.config.is_off:
             return [PlanStep("convert", False, 'preset "off": the stock classes stay in place')]
+        if not isinstance(self.unet, FastUNet2DConditionModel):
+            return [PlanStep("convert", False, f"left: a {type(self.unet).__qualname__}"), self._host_schedule()]
         remove_graphs((*self.denoisers, self.vae))
         # Its hooks wrap what compiling replaces. Another pipeline over the same UNet may want them back.
         self.had_deep_cache = remove_deep_cache(self.unet)
@@ -107,7 +118,7 @@ class Plan:
         Args:
             fused: whether projections may be fused. Sequential offload finds weights by their stock names.
         """
-        if self.config.is_off:
+        if self.config.is_off or not isinstance(self.unet, FastUNet2DConditionModel):
             return
         remove_graphs((*self.denoisers, self.vae))
         remove_deep_cache(self.unet)
@@ -157,24 +168,28 @@ class Plan:
         return why_no_kernels(self.device, self.unet.dtype)
 
     def _fuse(self) -> PlanStep:
-        name = "fuse_qkv"
-        if not self.config.fuse_qkv:
-            self._unfuse()
-            return PlanStep(name, False, _OFF.format(name))
-        fused = 0
+        name, fused, chosen = "fuse_qkv", 0, set()
         left: dict[str, int] = {}
-        for model in (*self.denoisers, *([self.vae] if isinstance(self.vae, FastAutoencoderKL) else [])):
-            model.fuse_qkv_projections()
-            in_model, left_in_model = apply_fusion(model, True)
+        for model in self._projecting():
+            wanted = self.config.fuse_qkv if model.fuse_choice is None else model.fuse_choice
+            in_model, left_in_model = model.want_fusion(wanted)
             fused, left = fused + in_model, {**left, **left_in_model}
+            chosen.add(model.fuse_choice)
+        if not fused and not self.config.fuse_qkv:
+            return PlanStep(name, False, _OFF.format(name))
+        if not fused and False in chosen:
+            return PlanStep(name, False, "separate by your call of unfuse_qkv_projections()")
         reason = f"{fused} self-attention layers" if fused else "no self-attention layer"
         for why, count in left.items():
             reason += f"; {count} separate: {why}"
         return PlanStep(name, fused > 0, reason)
 
     def _unfuse(self) -> None:
-        for model in (*self.denoisers, *([self.vae] if isinstance(self.vae, FastAutoencoderKL) else [])):
-            model.unfuse_qkv_projections()
+        for model in self._projecting():
+            model.want_fusion(False)
+
+    def _projecting(self) -> list:
+        return [*self.denoisers, *([self.vae] if isinstance(self.vae, FastAutoencoderKL) else [])]
 
     def _context_cache(self) -> PlanStep:
         for model in self.denoisers:
@@ -188,6 +203,8 @@ class Plan:
 
     def _quantize(self) -> PlanStep:
         name, offloading = "quantize", inner_offloading(self.unet)
+        if by_hand := sum(map(quantized_by_hand, self.denoisers)):
+            return PlanStep(name, False, f"{by_hand} layers are quantized by you, and left so", lossless=False)
         done = [model.quantized for model in self.denoisers if getattr(model, "quantized", None)]
         for model in self.denoisers:
             check_scheme(model, self.config.quantization)
@@ -230,9 +247,9 @@ class Plan:
         return any(model.shares_weights_with() is not None for model in self.denoisers)
 
     def _is_compiled(self) -> bool:
-        # Or not by us, but by the user's call of `unet.compile()`.
+        # Or not by us, but by the user.
         planned = choose_compile(self.config.compile, self.unet, self.device).mode != "off"
-        return planned or any(model._compiled_call_impl is not None for model in self.denoisers)
+        return planned or any(id(model) in self.by_user for model in self.denoisers)
 
     def _compile(self) -> PlanStep:
         choice = choose_compile(self.config.compile, self.unet, self.device)
@@ -241,26 +258,35 @@ class Plan:
             return PlanStep("compile", False, f"{offloading} moves weights inside of the regions")
         norms = self._why_no_norms() is None
         for model in (*self.denoisers, self.vae):
-            wanted = (choice.mode, self.device.type)
+            wanted = ("off" if self._is_left_alone(model) else choice.mode, self.device.type)
             if getattr(model, "compiled_for", ("off", self.device.type)) != wanted:
                 undo_compilation(model)
                 model.compiled_for = wanted
-                model.compiled_regions = 0 if choice.mode == "off" else apply_compilation(model, *wanted, norms)
+                model.compiled_regions = 0 if wanted[0] == "off" else apply_compilation(model, *wanted, norms)
             expect_new_graphs(model)
-        if choice.mode == "off":
-            return PlanStep("compile", False, choice.reason)
-        regions = sum(model.compiled_regions for model in (*self.denoisers, self.vae))
-        return PlanStep("compile", True, f"{choice.mode}, {regions} regions: {choice.reason}")
+        yours = "".join(f"; compiled by you, and left so: {how}" for how in self.by_user.values())
+        regions = sum(getattr(model, "compiled_regions", 0) for model in (*self.denoisers, self.vae))
+        if not regions:
+            return PlanStep("compile", False, yours.removeprefix("; ") or choice.reason)
+        return PlanStep("compile", True, f"{choice.mode}, {regions} regions: {choice.reason}{yours}")
+
+    def _is_left_alone(self, model) -> bool:
+        """Whether a model is compiled by the user, or of a class, or with hooks, that our regions do not know."""
+        return id(model) in self.by_user or not isinstance(model, FastModelMixin) or casts_layerwise(model)
 
     def _guidance_interval(self) -> PlanStep:
         name, interval = "guidance_interval", self.config.guidance_interval
         if interval is None:
             return PlanStep(name, False, "opt-in: FastConfig.guidance_interval", lossless=False)
+        if id(self.unet) in self.by_user:
+            return PlanStep(name, False, _ONE_GRAPH, lossless=False)
         apply_guidance_interval(self.unet, self.controlnets)
         return PlanStep(name, True, "guidance from {:.0%} to {:.0%} of the steps".format(*interval), lossless=False)
 
     def _deep_cache(self) -> PlanStep:
         name, interval = "deep_cache", self.config.deep_cache_interval
+        if interval is not None and id(self.unet) in self.by_user:
+            return PlanStep(name, False, _ONE_GRAPH, lossless=False)
         remove_deep_cache(self.unet)
         blocks = apply_deep_cache(self.unet) if interval is not None or self.had_deep_cache else 0
         if interval is None:
@@ -268,7 +294,7 @@ class Plan:
         return PlanStep(name, True, f"{blocks} inner blocks of the UNet in every {interval}. step", lossless=False)
 
     def _capture(self) -> PlanStep:
-        name, models = "cuda_graphs", [*self.denoisers, self.vae]
+        name, models = "cuda_graphs", [m for m in (*self.denoisers, self.vae) if id(m) not in self.by_user]
         offloading = inner_offloading(self.unet) or ("model offload" if hasattr(self.unet, "_hf_hook") else None)
         reason = why_no_graphs(self.config.cuda_graphs, self.device)
         if reason is None and offloading is not None:
@@ -277,16 +303,12 @@ class Plan:
             reason = "with deep_cache steps differ"
         if reason is not None:
             return PlanStep(name, False, reason)
-        if self.vae.dtype == torch.float16 and getattr(self.vae.config, "force_upcast", False):
+        if not models:
+            return PlanStep(name, False, "compiled by you, with graphs of its own if you asked for them")
+        if self.vae in models and self.vae.dtype == torch.float16 and getattr(self.vae.config, "force_upcast", False):
             models.remove(self.vae)  # cast to float32 and back in each call: its weights have no lasting address
         count = apply_graphs(models, GraphPool(CudaRecorder(self.unet.device)), ContextKV)
         return PlanStep(name, True, f"{count} regions, one graph for each shape, recorded at its first call")
-
-
-def weights_state(unet) -> tuple:
-    """What may change about a UNet's weights behind the plan, which is then applied anew."""
-    is_shared = getattr(unet, "shares_weights_with", lambda: None)() is not None
-    return count_packed(unet), is_shared, getattr(unet, "_compiled_call_impl", None) is not None
 
 
 def _is_fast(scheduler) -> bool:

@@ -8,6 +8,7 @@ from types import FunctionType, MethodType
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
 
 from ..models.group_norm import has_kernels
@@ -82,7 +83,7 @@ def apply_compilation(
     """Compile a UNet, ControlNet or VAE in place. Nothing is compiled before the first call.
 
     Args:
-        mode: `"regional"`: each kind of block of `_repeated_blocks` is compiled once and serves all its instances, at
+        mode: `"regional"`: each kind of block of `region_names()` is compiled once and serves all its instances, at
             any size, number of samples and length of prompt, and on CPUs of any number of channels. `"full"`: the
             UNet's `denoise`, a ControlNet's `condition` and the VAE's decoder are one graph each, for the sizes of the
             first call.
@@ -132,6 +133,22 @@ def undo_compilation(model: nn.Module) -> None:
     for module in model.modules():
         method = module.__dict__.pop("_compiled_method", None)
         module.__dict__.pop(method, None)
+
+
+def compiled_by_user(component: Any) -> str | None:
+    """How a component was compiled by somebody else than `apply_compilation`, or None."""
+    if is_compiled_module(component):
+        return f"torch.compile() of {type(component._orig_mod).__name__}"
+    if not isinstance(component, nn.Module):
+        return None
+    name = type(component).__name__
+    if component._compiled_call_impl is not None:
+        return f"{name}.compile()"
+    for method in ("encode", "decode"):
+        if method in component.__dict__:
+            return f"{name}.{method}"
+    blocks = [m for m in component.modules() if m._compiled_call_impl is not None or is_compiled_module(m)]
+    return f"{len(blocks)} blocks of {name}" if blocks else None
 
 
 def expect_new_graphs(model: nn.Module) -> None:
@@ -193,12 +210,13 @@ def _own_code(function: Callable, number: int) -> Callable:
 
 
 def repeated_blocks(model: Any) -> list[nn.Module]:
-    """The outermost blocks of the classes named in `_repeated_blocks`."""
+    """The outermost blocks of the classes that a model names."""
     found: list[nn.Module] = []
+    names = model.region_names()
 
     def visit(module: nn.Module) -> None:
         for child in module.children():
-            if type(child).__name__ in model._repeated_blocks:
+            if type(child).__name__ in names:
                 found.append(child)
             else:
                 visit(child)

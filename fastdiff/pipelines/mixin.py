@@ -8,6 +8,7 @@ import inspect
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,15 +19,17 @@ from ..compiler.progress import CompileProgress
 from ..config import FastConfig
 from ..failures import Failures, random_states
 from ..graphs import graph_pools, graphed_methods
+from ..identity import StandIn
 from ..lossy.loop import DenoisingLoop
+from ..models.base import unwrapped
 from ..models.controlnet import FastControlNetModel, fast_controlnets
 from ..models.finite import FiniteCheck, NonFiniteError
 from ..models.unet import FastUNet2DConditionModel
-from ..plan import Plan, weights_state
+from ..plan import Plan
 from ..schedulers import stock_scheduler
 from ..steps import PlanStep, PlanTable, format_plan
-from .components import check_components, convert_component
-from .loading import FastLoadingMixin
+from .components import check_components, components_state, convert_component
+from .loading import FastLoadingMixin, loading_config
 from .postprocess import FastImageProcessor
 from .prompts import encode_together
 from .saving import SavingMixin
@@ -48,7 +51,19 @@ class _Calls:
         return _Calls, ()
 
 
-class FastPipelineMixin(WarmupMixin, SavingMixin, FastLoadingMixin):
+# Methods that show the arguments of their stock class, which callers and `inspect` ask for.
+_SHOWN_AS_STOCK = ("__call__", "encode_prompt", "prepare_extra_step_kwargs")
+
+
+def _with_signature(method: Callable, stock: Callable) -> Callable:
+    @functools.wraps(stock)
+    def wrapped(self, *args, **kwargs):
+        return method(self, *args, **kwargs)
+
+    return wrapped
+
+
+class FastPipelineMixin(WarmupMixin, SavingMixin, FastLoadingMixin, metaclass=StandIn):
     """What every fast SDXL pipeline adds to its stock class: the `fast` argument, the plan and thread safety.
 
     Mixed in before a stock pipeline class, whose `__call__` runs unchanged.
@@ -58,9 +73,11 @@ class FastPipelineMixin(WarmupMixin, SavingMixin, FastLoadingMixin):
 
     def __init_subclass__(cls: Any, **kwargs):
         super().__init_subclass__(**kwargs)
+        if FastPipelineMixin not in cls.__bases__:
+            return  # a user's own subclass, whose methods are its own
         # diffusers reads the constructor's signature to tell components from options; the subclass shows that of
         # its stock class with `fast` added.
-        stock_init: Any = next(base.__init__ for base in cls.__mro__[1:] if not issubclass(FastPipelineMixin, base))
+        stock_init: Any = super().__init__
         signature = inspect.signature(stock_init)
         option = inspect.Parameter(
             "fast", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="FastConfig | str | None"
@@ -68,7 +85,7 @@ class FastPipelineMixin(WarmupMixin, SavingMixin, FastLoadingMixin):
 
         @functools.wraps(stock_init)
         def __init__(self, *args, fast: FastConfig | str | None = None, **components):
-            config = FastConfig.resolve(fast)
+            config = FastConfig.resolve(loading_config() if fast is None else fast)
             bound = signature.bind(self, *args, **components)
             check_components(type(self), bound.arguments)
             for name, component in list(bound.arguments.items()):
@@ -79,13 +96,9 @@ class FastPipelineMixin(WarmupMixin, SavingMixin, FastLoadingMixin):
         parameters = [*signature.parameters.values(), option]
         __init__.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # for `inspect`
         cls.__init__ = __init__
-
-        @functools.wraps(super(FastPipelineMixin, cls).__call__)
-        def __call__(self, *args, **kwargs):
-            return FastPipelineMixin.__call__(self, *args, **kwargs)
-
-        # So that the call, too, shows the arguments of its stock class.
-        cls.__call__ = __call__
+        for name in _SHOWN_AS_STOCK:
+            stock_method = getattr(super(), name)
+            setattr(cls, name, _with_signature(getattr(FastPipelineMixin, name), stock_method))
 
     def _init_fast(self, config: FastConfig) -> None:
         self._failures = Failures(config.strict)
@@ -145,12 +158,12 @@ class FastPipelineMixin(WarmupMixin, SavingMixin, FastLoadingMixin):
 
     def _denoisers(self) -> list[FastUNet2DConditionModel | FastControlNetModel]:
         """The fast models that run in each step; none with preset "off"."""
-        unet = [self.unet] if isinstance(self.unet, FastUNet2DConditionModel) else []
-        return unet + fast_controlnets(getattr(self, "controlnet", None))
+        models = [unwrapped(self.unet), *map(unwrapped, fast_controlnets(getattr(self, "controlnet", None)))]
+        return models if isinstance(models[0], FastUNet2DConditionModel) else models[1:]
 
     def _models(self) -> list[torch.nn.Module]:
         """What gets compiled and recorded."""
-        return [*self._denoisers(), self.vae]
+        return [*self._denoisers(), unwrapped(self.vae)]
 
     def _apply_plan(self) -> list[PlanStep]:
         with self._calls.planning:
@@ -172,8 +185,10 @@ class FastPipelineMixin(WarmupMixin, SavingMixin, FastLoadingMixin):
         weights somebody asked for, gets its plan anew."""
         components = (self.scheduler, self.unet, self.vae, getattr(self, "controlnet", None))
         state = (self.unet.device, self.unet.dtype, getattr(self.unet, "revision", None), self._execution_device)
+        models = (self.unet, self.vae, *fast_controlnets(getattr(self, "controlnet", None)))
+        kept = components_state(unwrapped(self.unet), models)
         state = (*state, hasattr(self.unet, "_diffusers_hook"), self._failures.steps)
-        return (*map(id, components), *state, *weights_state(self.unet))
+        return (*map(id, components), *state, *kept)
 
     def _new_plan(self) -> Plan:
         controlnets = fast_controlnets(getattr(self, "controlnet", None))
@@ -213,8 +228,10 @@ class FastPipelineMixin(WarmupMixin, SavingMixin, FastLoadingMixin):
 
     def _draw(self, *args, **kwargs):
         bars, watching = getattr(self, "_progress_bar_config", {}), self._failures.watching()
-        with self._owned_call() as pipe, FiniteCheck() as check, CompileProgress(bars), watching:
-            output = super(FastPipelineMixin, pipe).__call__(*args, **kwargs)
+        # Tensors that are made in inference mode do not record edits, without which nothing computed from them is kept.
+        with torch.inference_mode(False), torch.no_grad(), self._owned_call() as pipe, FiniteCheck() as check:
+            with CompileProgress(bars), watching:
+                output = super(FastPipelineMixin, pipe).__call__(*args, **kwargs)
             self._drawn_with = self._plan_key
             if not self.fast_config.is_off:
                 self._report_non_finite(check, output[0])

@@ -47,22 +47,13 @@ class FastDPMSolverMultistepScheduler(HostSchedule, DPMSolverMultistepScheduler)
 class FastDDIMScheduler(HostSchedule, DDIMScheduler):
     """`DDIMScheduler` that never waits for the device."""
 
-    _reads_by_timestep = True
-
-
 @keeps_schedule_on_host(LCMScheduler)
 class FastLCMScheduler(HostSchedule, LCMScheduler):
     """`LCMScheduler` that never waits for the device."""
 
-    _reads_by_timestep = True
-
-
 @keeps_schedule_on_host(TCDScheduler)
 class FastTCDScheduler(HostSchedule, TCDScheduler):
     """`TCDScheduler` that never waits for the device."""
-
-    _reads_by_timestep = True
-
 
 @keeps_schedule_on_host(UniPCMultistepScheduler)
 class FastUniPCMultistepScheduler(HostSchedule, UniPCMultistepScheduler):
@@ -101,5 +92,5 @@ def fast_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 def stock_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     """The stock twin of a fast scheduler, with its configuration; any other scheduler as it is."""
-    stock = next((stock for stock, twin in _TWINS.items() if type(scheduler) is twin), None)
+    stock = next((stock for stock, twin in FAST_CLASSES.items() if type(scheduler) is twin), None)
     return scheduler if stock is None else stock.from_config(scheduler.config)
