@@ -171,16 +171,11 @@ class FastUNet2DConditionModel(FastModelMixin, UNet2DConditionModel):
 
     def set_attn_processor(self, processor) -> None:
         """As upstream; layers that get back fastdiff's processor are fused again.
-
-        Raises:
-            ValueError: the projections are fused and quantized, and a processor expects separate ones.
         """
-        self._refuse_if_quantized("Attention processors cannot be changed")
         super().set_attn_processor(processor)
 
     def set_default_attn_processor(self) -> None:
         """As upstream: plain attention everywhere."""
-        self._refuse_if_quantized("Attention processors cannot be changed")
         super().set_attn_processor(AttnProcessor2_0())
         super().set_default_attn_processor()
 
@@ -191,17 +186,12 @@ class FastUNet2DConditionModel(FastModelMixin, UNet2DConditionModel):
 
     def load_lora_adapter(self, *args, **kwargs) -> None:
         """As upstream; layers that get an adapter run with separate projections while it is not fused.
-
-        Raises:
-            ValueError: the layers are quantized.
         """
-        self._refuse_if_quantized("A LoRA cannot be loaded")
         with self._changing_adapters():
             super().load_lora_adapter(*args, **kwargs)
 
     def add_adapter(self, *args, **kwargs) -> None:
         """As upstream; see `load_lora_adapter`."""
-        self._refuse_if_quantized("An adapter cannot be added")
         with self._changing_adapters():
             super().add_adapter(*args, **kwargs)
 
@@ -225,19 +215,9 @@ class FastUNet2DConditionModel(FastModelMixin, UNet2DConditionModel):
         with self._changing_adapters():
             super().delete_adapters(*args, **kwargs)
 
-    def _refuse_if_quantized(self, what: str) -> None:
-        if getattr(self, "quantized", None) is not None:
-            raise ValueError(
-                f"{what}: this UNet is quantized ({self.quantized.scheme}) and its plain weights are gone. Load the "
-                "checkpoint anew and do it before the first call (a LoRA: load it, then pipe.fuse_lora() and "
-                "pipe.unload_lora_weights()), or use quantization='none' or the preset 'exact'."
-            )
-
     @contextmanager
     def _changing_adapters(self):
-        # A quantized UNet has no adapters, and its projections stay as they are.
-        if getattr(self, "quantized", None) is None:
-            apply_fusion(self, False)
+        apply_fusion(self, False)
         try:
             yield
         finally:
