@@ -12,13 +12,15 @@ import fastdiff
 HOUSE = Path(fastdiff.__file__).parent
 # Every room, and what it may import beside itself. The modules that stand beside the rooms are rooms of one file.
 MAY_IMPORT = {
+    "cache": set(),
     "config": set(),
     "errors": set(),
     "identity": set(),
     "models": {"identity"},
     "schedulers": {"identity"},
     "lossy": {"config"},
-    "weights": {"models"},
+    "weights": {"models", "cache"},
+    "tuning": {"cache"},
     "compiler": {"models"},
     "graphs": {"models"},
     "shapes": set(),

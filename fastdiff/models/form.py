@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -111,13 +111,17 @@ class Form(nn.Module):
             self.__dict__.pop(name, None)
         self.__class__ = self._plain  # type: ignore[assignment]  # the layer's own class, whose instance it is
 
-    @property
-    def weight(self) -> nn.Parameter:
-        """The plain weight. Asking for it ends the form: it may be about to be edited."""
-        if is_attaching():
-            return nn.Parameter(self.stand_in(), requires_grad=False)
-        self.give_up()
-        return self.weight
+    if TYPE_CHECKING:
+        weight: Any
+    else:
+
+        @property
+        def weight(self) -> nn.Parameter:
+            """The plain weight. Asking for it ends the form: it may be about to be edited."""
+            if is_attaching():
+                return nn.Parameter(self.stand_in(), requires_grad=False)
+            self.give_up()
+            return self.weight
 
     def stand_in(self) -> torch.Tensor:
         """A tensor of the plain weight's shape, dtype and device that takes no memory."""

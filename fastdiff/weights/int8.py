@@ -7,6 +7,8 @@ product's epilogue: a scale a row costs one more pass over the output and was no
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.models.attention import FeedForward
 from torch import nn
@@ -31,19 +33,20 @@ class Int8(Form):
     _parts = 1
     _extras: tuple[str, ...] = ("weight_scale",)
     weight_scale: torch.Tensor
+    bias: Any
 
     @classmethod
-    def _hold(cls, layer: nn.Module, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _hold(cls, layer: Any, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         return cls._hold_int8(layer, *_quantize_rows(weight))
 
     @classmethod
-    def _hold_int8(cls, layer: nn.Module, weight: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _hold_int8(cls, layer: Any, weight: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
         layer.__dict__["weight_scale"] = scale = scale.float().contiguous()
         return {f"packed_{index}": packed for index, packed in enumerate(cls._packed(layer, weight, scale))}
 
     @classmethod
     @torch.no_grad()
-    def restore(cls, layer: nn.Module, weight: torch.Tensor, scale: torch.Tensor) -> None:
+    def restore(cls, layer: Any, weight: torch.Tensor, scale: torch.Tensor) -> None:
         """Make a layer an int8 one in place that has no plain weight anywhere.
 
         Args:
@@ -55,7 +58,7 @@ class Int8(Form):
         cls._take(layer, cls._hold_int8(layer, weight, scale), kind, None)
 
     @classmethod
-    def _packed(cls, layer: nn.Module, weight: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
+    def _packed(cls, layer: Any, weight: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
         raise NotImplementedError
 
     def int8_weight(self) -> torch.Tensor:
@@ -95,7 +98,7 @@ class Int8Linear(Int8, nn.Linear):
     _plain = nn.Linear
 
     @classmethod
-    def _packed(cls, layer: nn.Module, weight: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
+    def _packed(cls, layer: Any, weight: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
         return [torch.ops.onednn.qlinear_prepack(part.contiguous(), None) for part in weight.chunk(cls._parts)]
 
     def int8_weight(self) -> torch.Tensor:
@@ -147,16 +150,17 @@ class Int8Conv2d(Int8, nn.Conv2d):
     """
 
     _plain = nn.Conv2d
+    padding: Any
     _extras = ("weight_scale", "weight_sum")
     weight_sum: torch.Tensor
 
     @classmethod
-    def _hold_int8(cls, layer: nn.Module, weight: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _hold_int8(cls, layer: Any, weight: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
         layer.__dict__["weight_sum"] = scale.float() * weight.sum(dim=(1, 2, 3), dtype=torch.int32)
         return super()._hold_int8(layer, weight, scale)
 
     @classmethod
-    def _packed(cls, layer: nn.Module, weight: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
+    def _packed(cls, layer: Any, weight: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
         # The size of the picture does not change the layout.
         shape = [2, layer.in_channels, 64, 64]
         arguments = (layer.stride, (0, 0), layer.dilation, layer.groups, shape)

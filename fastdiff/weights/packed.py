@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -18,7 +20,7 @@ _MIN_WEIGHTS = 16_384
 _BLOCK = 64
 
 
-def is_packable(layer: nn.Module) -> bool:
+def is_packable(layer: Any) -> bool:
     """Whether a layer is plain, large enough, and one that oneDNN has a fast kernel for."""
     if type(layer) not in (nn.Linear, nn.Conv2d) or layer.weight.numel() < _MIN_WEIGHTS:
         return False
@@ -43,11 +45,12 @@ class Packed(Form):
     _packed_names: tuple[str, ...] = ("packed_weight",)
 
     @classmethod
-    def _hold(cls, layer: nn.Module, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        return dict(zip(cls._packed_names, cls._pack_weight(layer, weight), strict=True))
+    def _hold(cls, layer: Any, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        packed = cls._pack_weight(layer, weight)
+        return dict(zip(cls._packed_names, packed, strict=True))
 
     @staticmethod
-    def _pack_weight(layer: nn.Module, weight: torch.Tensor) -> list[torch.Tensor]:
+    def _pack_weight(layer: Any, weight: torch.Tensor) -> list[torch.Tensor]:
         raise NotImplementedError
 
     def _plain_weight(self) -> torch.Tensor:
@@ -60,7 +63,7 @@ class PackedLinear(Packed, nn.Linear):
     _plain = nn.Linear
 
     @staticmethod
-    def _pack_weight(layer: nn.Module, weight: torch.Tensor) -> list[torch.Tensor]:
+    def _pack_weight(layer: Any, weight: torch.Tensor) -> list[torch.Tensor]:
         return [torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -76,7 +79,7 @@ class PackedConv2d(Packed, nn.Conv2d):
     _plain = nn.Conv2d
 
     @staticmethod
-    def _pack_weight(layer: nn.Module, weight: torch.Tensor) -> list[torch.Tensor]:
+    def _pack_weight(layer: Any, weight: torch.Tensor) -> list[torch.Tensor]:
         # The size of the picture does not change the layout.
         return [
             torch.ops.mkldnn._reorder_convolution_weight(
@@ -102,7 +105,7 @@ class PackedGate(PackedLinear):
     _packed_names = ("packed_value", "packed_gate")
 
     @staticmethod
-    def _pack_weight(layer: nn.Module, weight: torch.Tensor) -> list[torch.Tensor]:
+    def _pack_weight(layer: Any, weight: torch.Tensor) -> list[torch.Tensor]:
         return [torch.ops.mkldnn._reorder_linear_weight(half.contiguous()) for half in weight.chunk(2)]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

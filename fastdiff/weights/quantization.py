@@ -99,7 +99,8 @@ def plain_layers(
     """The layers that a scheme takes, by name, and how many linear layers it leaves, by reason."""
     is_large = _size_filter(scheme, model) if min_width is None else lambda layer: _width(layer) >= min_width
     adapters = adapter_modules(model)
-    taken, left = {}, {}
+    taken: dict[str, nn.Linear] = {}
+    left: dict[str, int] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or id(module) in adapters or isinstance(module, TorchaoLinear | Int8):
             continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -26,6 +28,8 @@ class TorchaoLinear(Form, nn.Linear):
     _plain = nn.Linear
     _extras = ("scheme",)
     scheme: str
+    quantized_weight: torch.Tensor
+    bias: Any
 
     @classmethod
     def quantize(cls, layer: nn.Module, source: Source | None, scheme: str) -> None:
