@@ -94,6 +94,10 @@ class Form(nn.Module):
             raise ValueError(NO_SOURCE)
         return self.source.read().to(self.kind.device, self.kind.dtype).view(self.kind.shape)
 
+    def can_give_up(self) -> bool:
+        """Whether there is a plain weight to go back to."""
+        return self.source is not None
+
     @torch.no_grad()
     def give_up(self) -> None:
         """Turn into a plain layer.

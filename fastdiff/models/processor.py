@@ -51,7 +51,7 @@ class FusedQKVAttnProcessor(AttnProcessor2_0):
             query = attn.to_q(hidden_states)
             key, value, padding_mask = encoder_hidden_states
         else:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+            query, key, value = attn.project(hidden_states)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
         if attn.norm_q is not None:
             query = attn.norm_q(query)

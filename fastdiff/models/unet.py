@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
 
 from ..identity import stands_in_for
-from .attention import FastAttention, apply_fusion
+from .adapters import attaching
+from .attention import FastAttention
 from .base import FastModelMixin, hoist, prepare_compiled
 from .context import ContextCache, attach_context_cache
 from .conversion import share_weights
@@ -185,39 +186,42 @@ class FastUNet2DConditionModel(FastModelMixin, UNet2DConditionModel):
         self._time_rows.clear()
 
     def load_lora_adapter(self, *args, **kwargs) -> None:
-        """As upstream; layers that get an adapter run with separate projections while it is not fused.
-        """
-        with self._changing_adapters():
+        """As upstream; fused layers stay fused, and quantized or packed ones what they are: an adapter adds to them."""
+        with self._changing_adapters(), attaching():
             super().load_lora_adapter(*args, **kwargs)
 
-    def add_adapter(self, *args, **kwargs) -> None:
+    def add_adapter(self, adapter_config, *args, **kwargs) -> None:
         """As upstream; see `load_lora_adapter`."""
-        with self._changing_adapters():
-            super().add_adapter(*args, **kwargs)
+        # An adapter that starts from the weights themselves (PiSSA, OLoRA, DoRA) has to see them.
+        from_weights = getattr(adapter_config, "init_lora_weights", True) not in (True, False, "gaussian")
+        reads = from_weights or getattr(adapter_config, "use_dora", False)
+        with self._changing_adapters(), nullcontext() if reads else attaching():
+            super().add_adapter(adapter_config, *args, **kwargs)
 
     def fuse_lora(self, *args, **kwargs) -> None:
-        """As upstream; written into the shared storage, so that the layers are fused again."""
+        """As upstream."""
         with self._changing_adapters():
             super().fuse_lora(*args, **kwargs)
 
     def unfuse_lora(self, *args, **kwargs) -> None:
-        """As upstream; the layers with adapters run with separate projections again."""
+        """As upstream."""
         with self._changing_adapters():
             super().unfuse_lora(*args, **kwargs)
 
     def unload_lora(self, *args, **kwargs) -> None:
-        """As upstream; all layers are fused again."""
-        with self._changing_adapters():
+        """As upstream."""
+        with self._changing_adapters(), attaching():
             super().unload_lora(*args, **kwargs)
 
     def delete_adapters(self, *args, **kwargs) -> None:
         """As upstream."""
-        with self._changing_adapters():
+        with self._changing_adapters(), attaching():
             super().delete_adapters(*args, **kwargs)
 
     @contextmanager
     def _changing_adapters(self):
-        apply_fusion(self, False)
+        for attn in self._self_attentions:
+            attn.show_parts()
         try:
             yield
         finally:

@@ -27,7 +27,7 @@ from ..models.controlnet import FastControlNetModel, fast_controlnets
 from ..models.finite import FiniteCheck, NonFiniteError
 from ..models.unet import FastUNet2DConditionModel
 from ..plan import Plan, PlanStep, format_plan, weights_state
-from ..weights import save_quantized
+from ..weights import remember_plain, restore_plain, save_quantized
 from .components import check_components, convert_component
 from .loading import FastLoadingMixin, loading_config
 from .postprocess import FastImageProcessor
@@ -141,6 +141,18 @@ class FastPipelineMixin(WarmupMixin, FastLoadingMixin, metaclass=StandIn):
         finally:
             for model in models:
                 del model.__dict__["save_pretrained"]
+
+    def fuse_lora(self, *args, **kwargs) -> None:
+        """As upstream."""
+        if isinstance(self.unet, FastUNet2DConditionModel):
+            remember_plain(self.unet)
+        super().fuse_lora(*args, **kwargs)
+
+    def unfuse_lora(self, *args, **kwargs) -> None:
+        """As upstream; the UNet's weights are then what they were, to the bit."""
+        super().unfuse_lora(*args, **kwargs)
+        if isinstance(self.unet, FastUNet2DConditionModel):
+            restore_plain(self.unet)
 
     # The plan
 

@@ -3,6 +3,7 @@
 May import `models`.
 """
 
+from .merged import remember_plain, restore_plain
 from .packed import PackedConv2d, PackedGate, PackedLinear
 from .packing import PackingChoice, apply_packing, choose_packing, count_packed
 from .quantization import (
@@ -35,6 +36,8 @@ __all__ = [
     "memory_needed",
     "plain_layers",
     "quantized_scheme_of",
+    "remember_plain",
     "remove_quantization",
+    "restore_plain",
     "save_quantized",
 ]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 from diffusers.models.activations import GEGLU
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from ..models.adapters import added_by, is_hooked, why_not_beside
 
 
 class GatedGEGLU(GEGLU):
@@ -12,11 +15,12 @@ class GatedGEGLU(GEGLU):
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """As upstream. `hidden_states`: (..., channels)."""
-        gated = getattr(self.proj, "gated", None)
-        is_hooked = self.proj._forward_hooks or self.proj._forward_pre_hooks or "forward" in self.proj.__dict__
-        if gated is None or is_hooked or (result := gated(hidden_states)) is None:
-            return super().forward(hidden_states, *args, **kwargs)
-        return result
+        result, added, proj = None, None, self.proj
+        if isinstance(proj, BaseTunerLayer) and not is_hooked(proj) and why_not_beside(proj) is None:
+            added, proj = added_by(proj, hidden_states), proj.get_base_layer()
+        if not is_hooked(proj) and (gated := getattr(proj, "gated", None)) is not None:
+            result = gated(hidden_states, added)
+        return super().forward(hidden_states, *args, **kwargs) if result is None else result
 
 
 def convert_geglu(model: nn.Module) -> dict[int, GEGLU]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention import FeedForward
 from torch import nn
 
@@ -134,10 +135,18 @@ class Int8Gate(Int8Linear):
 
     _parts = 2
 
-    def gated(self, x: torch.Tensor) -> torch.Tensor | None:
-        """value * gelu(gate); the input is quantized once, and GELU is part of its product. None where it cannot."""
+    def gated(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor | None:
+        """value * gelu(gate); the input is quantized once, and GELU is part of its product. None where it cannot.
+
+        Args:
+            added: what an adapter adds to both.
+        """
         if not self._can_compute(x):
             return None
+        if added is not None:
+            value, gate = self._products(x, ("none", "none"))
+            more, more_gate = added.chunk(2, dim=-1)
+            return value.add_(more).mul_(F.gelu(gate.add_(more_gate)))
         value, gate = self._products(x, ("none", "gelu"))
         return value.mul_(gate)
 
@@ -226,6 +235,6 @@ def _quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         part = weight[start : start + rows].float().flatten(1)
         scale = part.abs().amax(dim=1).clamp_min_(_TINY).div_(_LEVELS)
         scales[start : start + rows] = scale
-        levels = part.div_(scale[:, None]).round_()
+        levels = part.div(scale[:, None]).round_()
         values[start : start + rows] = levels.view(-1, *weight.shape[1:])
     return values, scales

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..models.form import Form
@@ -52,6 +53,10 @@ class Packed(Form):
     @staticmethod
     def _pack_weight(layer: Any, weight: torch.Tensor) -> list[torch.Tensor]:
         raise NotImplementedError
+
+    def can_give_up(self) -> bool:
+        """Always."""
+        return True
 
     def _plain_weight(self) -> torch.Tensor:
         return torch.cat([p.detach().to_dense() for p in self.held()])
@@ -112,10 +117,18 @@ class PackedGate(PackedLinear):
         """As `nn.Linear`: somebody wants both halves at once."""
         return self._as_plain(input)
 
-    def gated(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """value * gelu(gate), each one product with its epilogue; None where that is not possible."""
+    def gated(self, hidden_states: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor | None:
+        """value * gelu(gate), each one product with its epilogue; None where that is not possible.
+
+        Args:
+            added: what an adapter adds to both.
+        """
         if not self._can_compute(hidden_states) or hidden_states.ndim < 2:
             return None
         value_bias, gate_bias = (None, None) if self.bias is None else self.bias.chunk(2)
+        if added is not None:
+            gate = _linear(hidden_states, self.packed_gate, gate_bias, "none", [], "").add_(added.chunk(2, dim=-1)[1])
+            value = _linear(hidden_states, self.packed_value, value_bias, "none", [], "")
+            return value.add_(added.chunk(2, dim=-1)[0]).mul_(F.gelu(gate))
         gate = _linear(hidden_states, self.packed_gate, gate_bias, "gelu", [], "none")
         return _linear.binary(hidden_states, gate, self.packed_value, value_bias, "mul")

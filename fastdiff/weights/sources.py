@@ -150,12 +150,13 @@ class Checkpoint:
                     continue
         return cls(files)
 
-    def source(self, layer: str, weight: torch.Tensor) -> Source:
+    def source(self, layer: str, weight: torch.Tensor, copy: bool = False) -> Source:
         """Where a layer's plain weight can be had again once it is let go.
 
         Args:
             layer: name of the layer in the model; a fused projection is looked up by its parts.
             weight: as it is now.
+            copy: whether `weight` is going to be changed in place, so that keeping it takes a copy.
         """
         names = tuple(_stock_names(layer))
         for file in self.files:
@@ -163,7 +164,8 @@ class Checkpoint:
                 source = InFile(file, names, weight.dtype)
                 if _equal(source, weight):
                     return source
-        return Kept(weight.detach().cpu().contiguous())
+        kept = weight.detach().cpu().contiguous()
+        return Kept(kept.clone() if copy else kept)
 
 
 def _stock_names(layer: str) -> Iterator[str]:
