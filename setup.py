@@ -26,6 +26,7 @@ setup(
         "fastdiff": ["py.typed"],
         "fastdiff.shapes": ["MODEL_CARD.md", "checkpoint/*.json", "checkpoint/*/*"],
         "fastdiff.scale": ["page.html"],
+        "fastdiff.weights": ["activations.cpp"],
     },
     install_requires=[
         "torch>=2.11,<2.15",

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 
@@ -100,7 +101,7 @@ class Failures:
 
     def without(self, config: FastConfig) -> FastConfig:
         """A configuration that leaves out what failed."""
-        fields = {name: value for step in self._reasons for name, value in _OFF[step].items()}
+        fields: dict[str, Any] = {name: value for step in self._reasons for name, value in _OFF[step].items()}
         return dataclasses.replace(config, **fields)
 
     def culprit(self, error: Exception) -> str | None:

@@ -31,15 +31,24 @@ from .lossy.guidance_interval import apply_guidance_interval
 from .models.attention import FastAttention
 from .models.base import FastModelMixin, casts_layerwise, prepare_compiled, unwrapped
 from .models.context import ContextKV
+from .models.form import quantized_by_hand
 from .models.group_norm import why_no_kernels
 from .models.memory_format import apply_channels_last
 from .models.offload import inner_offloading
-from .models.storage import quantized_by_hand
 from .models.unet import FastUNet2DConditionModel
 from .models.vae import FastAutoencoderKL
 from .schedulers import fast_scheduler
 from .steps import PlanStep
-from .weights import apply_packing, apply_quantization, check_scheme, choose_packing, choose_quantization
+from .weights import (
+    apply_packing,
+    apply_quantization,
+    check_scheme,
+    choose_packing,
+    choose_quantization,
+    fixed_scheme,
+    memory_needed,
+    remove_quantization,
+)
 
 _OFF = "switched off by FastConfig.{}"
 _ONE_GRAPH = "you compiled the UNet, whose graph is the same in each step"
@@ -123,6 +132,7 @@ class Plan:
         remove_graphs((*self.denoisers, self.vae))
         remove_deep_cache(self.unet)
         for model in self.denoisers:
+            remove_quantization(model)
             apply_packing(model, False)
         if inner_offloading(self.unet) is None:
             self._channels_last()
@@ -205,31 +215,25 @@ class Plan:
         name, offloading = "quantize", inner_offloading(self.unet)
         if by_hand := sum(map(quantized_by_hand, self.denoisers)):
             return PlanStep(name, False, f"{by_hand} layers are quantized by you, and left so", lossless=False)
-        done = [model.quantized for model in self.denoisers if getattr(model, "quantized", None)]
+        fixed = next((scheme for model in self.denoisers if (scheme := fixed_scheme(model))), None)
         for model in self.denoisers:
             check_scheme(model, self.config.quantization)
-        # What is quantized stays so, and has to be possible where it is now.
         choice = choose_quantization(
-            done[0].scheme if done else self.config.quantization,
+            # What was loaded quantized stays so, and has to be possible where it is now.
+            fixed or self.config.quantization,
             self.device,
             self.unet.dtype,
             parameters=sum(parameter.numel() for parameter in self.unet.parameters()),
             is_compiled=self._is_compiled(),
             is_shared=self._is_shared(),
-            has_adapters=any(getattr(model, "peft_config", None) for model in self.denoisers),
+            needed=sum(memory_needed(model) for model in self.denoisers),
         )
-        if choice.scheme is None:
-            return PlanStep(name, False, choice.reason, lossless=False)
-        if offloading is not None and not done:
-            return PlanStep(name, False, f"not with {offloading}", lossless=False)
-        records = []
-        for model in self.denoisers:
-            if getattr(model, "quantized", None) is None:
-                # Packed by an earlier plan, under which an adapter was loaded, say.
-                apply_packing(model, False)
-                records.append(apply_quantization(model, choice.scheme, choice.reason))
-            else:
-                records.append(model.quantized)
+        if choice.scheme is None or (offloading is not None and fixed is None):
+            for model in self.denoisers:
+                remove_quantization(model)
+            reason = choice.reason if choice.scheme is None else f"not with {offloading}"
+            return PlanStep(name, False, reason, lossless=False)
+        records = [apply_quantization(model, choice.scheme, choice.reason) for model in self.denoisers]
         return PlanStep(name, any(r.taken for r in records), "; ".join(r.describe() for r in records), lossless=False)
 
     def _pack(self) -> PlanStep:

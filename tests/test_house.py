@@ -12,6 +12,7 @@ import fastdiff
 HOUSE = Path(fastdiff.__file__).parent
 # Every room, and what it may import beside itself. The modules that stand beside the rooms are rooms of one file.
 MAY_IMPORT = {
+    "cache": set(),
     "config": set(),
     "errors": set(),
     "checkpoint": set(),
@@ -22,7 +23,7 @@ MAY_IMPORT = {
     "models": {"identity"},
     "schedulers": {"identity"},
     "lossy": {"config"},
-    "weights": {"models"},
+    "weights": {"models", "cache"},
     "compiler": {"failures", "models"},
     "graphs": {"failures", "models"},
     "shapes": set(),

@@ -31,7 +31,8 @@ from ..models.unet import FastUNet2DConditionModel
 from ..pipelines.sdxl import FastStableDiffusionXLPipeline
 from ..weights import apply_quantization, plain_layers
 from ..weights.int8 import Int8Linear
-from ..weights.quantization import torchao_config, uses_onednn
+from ..weights.quantization import uses_onednn
+from ..weights.torchao_form import torchao_config
 from .sdxl_random import random_unet
 from .settings import SDXL_RANDOM, Settings
 from .workloads import step_inputs
@@ -143,7 +144,7 @@ def _errors(layer: nn.Linear, x: torch.Tensor, plain: torch.Tensor, scheme: str)
     twin.in_features, twin.out_features = layer.in_features, layer.out_features
     twin.weight, twin.bias = layer.weight, layer.bias
     if uses_onednn(scheme, layer):
-        Int8Linear.quantize(twin)
+        Int8Linear.make(twin)
     else:
         quantize_(twin, torchao_config(scheme))
     return {"quantized": _distance(twin(x), reference), "plain": _distance(plain, reference)}

@@ -57,7 +57,7 @@ def inductor_options(device: str, mode: str, own_norms: bool = False) -> dict[st
     """
     if device != "cuda":
         return {}
-    options = {
+    options: dict[str, Any] = {
         "conv_1x1_as_mm": True,
         "epilogue_fusion": False,
         # The compiler keeps NHWC with constant sizes only, unless it is told to.

@@ -126,7 +126,7 @@ class Root:
     def __init__(self, method: Callable, regions: Sequence[Region]):
         self._method, self._regions = method, regions
         # With duck shapes, a first picture as wide as high makes one symbol of both, and the second one recompiles.
-        shapes = torch.fx.experimental._config  # type: ignore[attr-defined]  # no stub
+        shapes = torch.fx.experimental._config
         self._shapes = CompilerSettings(shapes, use_duck_shape=False)
         self._limit = CompilerSettings(torch._dynamo.config, recompile_limit=_MAX_GRAPHS)
 

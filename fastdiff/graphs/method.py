@@ -124,7 +124,8 @@ class GraphedMethod:
             spread = iter(lasting.buffers)
             for index, leaf in enumerate(leaves):
                 if isinstance(leaf, self.lasting):
-                    buffers[index] = type(leaf)(*(None if t is None else next(spread) for t in leaf))
+                    kind: Any = type(leaf)
+                    buffers[index] = kind(*(None if t is None else next(spread) for t in leaf))
 
             def run() -> Any:
                 # Lists are made anew each time: the model may empty those that it is given.

@@ -10,6 +10,9 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, Fu
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .adapters import added_by, is_hooked, why_not_beside
+from .form import Form
+from .fused_part import FusedPart
 from .processor import FusedQKVAttnProcessor
 from .storage import is_plain
 
@@ -20,9 +23,8 @@ class FastAttention(Attention):
     """diffusers' `Attention` that is either fused (`to_qkv`) or separate (`to_q`, `to_k`, `to_v`), never both copies.
 
     Fusing moves the three weights into one storage and registers `to_qkv` in their place; `unfuse` registers them
-    again as views of that storage. State-dict keys are the stock ones in either state, for saving and loading. With
-    a merged LoRA the wrapped projections stay registered beside `to_qkv`, all over one storage, so that unmerging
-    still finds them.
+    again as views of that storage. State-dict keys are the stock ones in either state, for saving and loading. Where an
+    adapter wraps a projection, it stays registered beside `to_qkv`, over a `FusedPart` without a weight.
     """
 
     @classmethod
@@ -47,20 +49,23 @@ class FastAttention(Attention):
             return f"its processor is {type(self.processor).__name__}"
         if self.spatial_norm is not None:
             return "it has a spatial norm"
-        for part in self._parts():
-            if isinstance(part, BaseTunerLayer):
-                if not part.merged or set(part.active_adapters) - set(part.merged_adapters):
-                    return "an adapter is loaded and not fused"
-                part = part.get_base_layer()
-            if type(part) is not nn.Linear:
-                return f"a projection is a {type(part).__name__}"
-            if not is_plain(part.weight):
-                return "its weights are quantized"
-            if _is_hooked(part):
-                return "a projection has hooks"
-            if part.weight.device.type == "meta":
-                return "its weights are not loaded"
-        return None
+        reasons = (self._why_not_fused(part) for part in self._parts())
+        return next((reason for reason in reasons if reason is not None), None)
+
+    @staticmethod
+    def _why_not_fused(part: Any) -> str | None:
+        base = part.get_base_layer() if isinstance(part, BaseTunerLayer) else part
+        if isinstance(part, BaseTunerLayer) and (why := why_not_beside(part)) is not None:
+            return why
+        if is_hooked(part) or is_hooked(base):
+            return "a projection has hooks"
+        if isinstance(base, Form):
+            return None if base.can_give_up() else "its weights are quantized"
+        if type(base) is not nn.Linear:
+            return f"a projection is a {type(base).__name__}"
+        if not is_plain(base.weight):
+            return "its weights are quantized"
+        return "its weights are not loaded" if base.weight.device.type == "meta" else None
 
     @torch.no_grad()
     def fuse(self) -> bool:
@@ -72,20 +77,19 @@ class FastAttention(Attention):
         if self.why_not_fused() is not None:
             self.unfuse()
             return False
-        if self.is_fused:
-            return True
-        parts = [p.get_base_layer() if isinstance(p, BaseTunerLayer) else p for p in self._parts()]
-        to_qkv = nn.Linear(1, 1, bias=parts[0].bias is not None, device="meta")
-        to_qkv.in_features, to_qkv.out_features = parts[0].in_features, sum(p.out_features for p in parts)
-        to_qkv.weight = _shared([p.weight for p in parts])
-        if to_qkv.bias is not None:
-            to_qkv.bias = _shared([p.bias for p in parts])
-        to_qkv.train(self.training)
-        if not any(isinstance(p, BaseTunerLayer) for p in self._parts()):
-            for name in _PARTS:
-                delattr(self, name)
-        self.to_qkv = to_qkv
-        self.fused_projections = True
+        if not self.is_fused:
+            bases = [_base(part) for part in self._parts()]
+            weights = [base.weight for base in bases]
+            to_qkv = nn.Linear(1, 1, bias=bases[0].bias is not None, device="meta")
+            to_qkv.in_features, to_qkv.out_features = bases[0].in_features, sum(base.out_features for base in bases)
+            to_qkv.weight = _shared(weights)
+            if to_qkv.bias is not None:
+                to_qkv.bias = _shared([base.bias for base in bases])
+            self.to_qkv = to_qkv.train(self.training)
+            self.fused_projections = True
+            self._hide_parts()
+        elif not any(isinstance(part, BaseTunerLayer) for part in self._parts()):
+            self._hide_parts()
         return True
 
     @torch.no_grad()
@@ -93,18 +97,43 @@ class FastAttention(Attention):
         """Go back to separate `to_q`, `to_k`, `to_v`: views of the fused storage, no copy."""
         if not self.is_fused:
             return
-        if "to_q" not in self._modules:
-            weights = _thirds(self.to_qkv.weight)
-            biases = self.to_qkv.bias.chunk(3) if self.to_qkv.bias is not None else (None,) * 3
-            for name, weight, bias in zip(_PARTS, weights, biases, strict=True):
-                part = nn.Linear(1, 1, bias=bias is not None, device="meta")
-                part.out_features, part.in_features = weight.shape
-                part.weight = nn.Parameter(weight, requires_grad=self.to_qkv.weight.requires_grad)
-                if bias is not None:
-                    part.bias = nn.Parameter(bias, requires_grad=self.to_qkv.bias.requires_grad)
-                setattr(self, name, part.train(self.training))
-        del self.to_qkv
+        self.show_parts()
+        weights = _thirds(self.to_qkv.weight)
+        biases = self.to_qkv.bias.chunk(3) if self.to_qkv.bias is not None else (None,) * 3
+        for part, weight, bias in zip(map(_base, self._parts()), weights, biases, strict=True):
+            part._become_plain(weight)
+            if bias is not None:
+                part.bias = nn.Parameter(bias, requires_grad=self.to_qkv.bias.requires_grad)
+        # Not deleted: somebody may be on a way through the modules, and has asked for a weight.
+        self._modules["to_qkv"] = None
         self.fused_projections = False
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values of a fused layer: one product, and what adapters add to each."""
+        parts = self._parts()
+        if not parts:
+            return self.to_qkv(hidden_states).chunk(3, dim=-1)
+        added = [added_by(part, hidden_states) if isinstance(part, BaseTunerLayer) else None for part in parts]
+        if not self.is_fused:  # a merged adapter, switched off, was taken out of the weights
+            return tuple(part(hidden_states) for part in self._parts())
+        plain = self.to_qkv(hidden_states).chunk(3, dim=-1)
+        return tuple(x if more is None else x + more for x, more in zip(plain, added, strict=True))
+
+    def show_parts(self) -> None:
+        """Have the parts of a fused projection stand where stock's are, so that an adapter finds them."""
+        for index, name in enumerate(_PARTS):
+            if self.is_fused and name not in self._modules:
+                setattr(self, name, FusedPart.of(self, index))
+
+    def _hide_parts(self) -> None:
+        """Let go of the separate weights: where an adapter is, a part stays without."""
+        for index, name in enumerate(_PARTS):
+            if not isinstance(part := self._modules.get(name), BaseTunerLayer):
+                self._modules.pop(name, None)
+            elif not isinstance(part.get_base_layer(), FusedPart):
+                part.base_layer = FusedPart.of(self, index)
+        if any(name in self._modules for name in _PARTS):
+            self.show_parts()
 
     def fuse_projections(self, fuse: bool = True) -> None:
         """Upstream's hook, called by `fuse_qkv_projections()`: the same result without the second copy."""
@@ -119,23 +148,13 @@ class FastAttention(Attention):
             self.unfuse()
         super().set_processor(processor)
 
-    def _apply(self, fn, recurse: bool = True):
-        # Moving or casting copies each parameter on its own. Where a merged LoRA keeps `to_q` beside `to_qkv`, the
-        # shared storage has to be made again, or unmerging would write into a copy that nobody reads.
-        shared = self.is_fused and "to_q" in self._modules
-        result = super()._apply(fn, recurse)
-        if shared:
-            del self.to_qkv
-            self.fuse()
-        return result
-
     def _parts(self) -> list[Any]:
         """The separate projections; none when `to_qkv` has taken their place."""
         return [self._modules[name] for name in _PARTS if name in self._modules]
 
     def __getattr__(self, name: str):
         # Code that asks for a projection by its stock name gets it; the plan fuses anew before the next picture.
-        if name in _PARTS and self.is_fused and "to_q" not in self._modules and is_plain(self.to_qkv.weight):
+        if name in _PARTS and name not in self._modules and self.is_fused:
             self.unfuse()
         return super().__getattr__(name)
 
@@ -185,9 +204,8 @@ def _thirds(weight: torch.Tensor) -> list[torch.Tensor]:
         ) from error
 
 
-def _is_hooked(layer: nn.Linear) -> bool:
-    """Whether somebody wants to see, or changes, what this layer alone computes."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
+def _base(part: Any) -> Any:
+    return part.get_base_layer() if isinstance(part, BaseTunerLayer) else part
 
 
 def _shared(params: list[nn.Parameter]) -> nn.Parameter:
@@ -214,7 +232,7 @@ def _shared(params: list[nn.Parameter]) -> nn.Parameter:
 def _split_saved_keys(attn: FastAttention, state_dict: dict, prefix: str, local_metadata: dict) -> None:
     for kind in ("weight", "bias"):
         joined = state_dict.pop(f"{prefix}to_qkv.{kind}", None)
-        if joined is not None and "to_q" not in attn._modules:
+        if joined is not None and not attn._parts():
             for name, part in zip(_PARTS, joined.chunk(3), strict=True):
                 state_dict[f"{prefix}{name}.{kind}"] = part
 
@@ -222,13 +240,15 @@ def _split_saved_keys(attn: FastAttention, state_dict: dict, prefix: str, local_
 def _fuse_loaded_keys(attn: FastAttention, state_dict: dict, prefix: str, *args) -> None:
     if not attn.is_fused:
         return
-    merged = "to_q" in attn._modules
+    if attn._parts():
+        # What adapters wrap loads its own weight. Only adapters' keys leave it as it is.
+        names = [f"{prefix}{name}{inner}.weight" for name in _PARTS for inner in ("", ".base_layer")]
+        if any(name in state_dict for name in names):
+            attn.unfuse()
+        return
     for kind in ("weight", "bias"):
-        if getattr(attn.to_qkv, kind) is None:
+        if getattr(attn.to_qkv, "_parameters", {}).get(kind, "form") is None:
             continue
-        if merged:
-            # The wrapped projections load their own keys into the same storage.
-            state_dict[f"{prefix}to_qkv.{kind}"] = getattr(attn.to_qkv, kind).detach()
-        elif all(f"{prefix}{name}.{kind}" in state_dict for name in _PARTS):
+        if all(f"{prefix}{name}.{kind}" in state_dict for name in _PARTS):
             parts = [state_dict.pop(f"{prefix}{name}.{kind}") for name in _PARTS]
             state_dict[f"{prefix}to_qkv.{kind}"] = torch.cat(parts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
@@ -29,11 +31,12 @@ def apply_channels_last(model: nn.Module, enabled: bool, own_norms: bool = False
     Args:
         own_norms: have GroupNorms keep that format, too, by our kernels.
     """
+    module: Any
     for module in model.modules():
         if enabled and own_norms and type(module) is nn.GroupNorm:
             module.__class__ = ChannelsLastGroupNorm
         elif not (enabled and own_norms) and type(module) is ChannelsLastGroupNorm:
-            module.__class__ = nn.GroupNorm
+            module.__class__ = nn.GroupNorm  # type: ignore[assignment]  # its own base
         if enabled and type(module) is Transformer2DModel:
             module.__class__ = ChannelsLastTransformer2DModel
         elif not enabled and type(module) is ChannelsLastTransformer2DModel:

@@ -55,11 +55,11 @@ class FusedQKVAttnProcessor(AttnProcessor2_0):
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
         padding_mask = None
-        if cached:
+        if isinstance(encoder_hidden_states, ContextKV):
             query = attn.to_q(hidden_states)
             key, value, padding_mask = encoder_hidden_states
         elif fused:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+            query, key, value = attn.project(hidden_states)
         else:
             context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
             query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)

@@ -1,24 +1,20 @@
-"""The tensors that hold the numbers of a packed or quantized weight."""
+"""The tensors that hold the numbers of a packed or quantized weight, and how modules over them are copied."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def is_plain(weight: torch.Tensor) -> bool:
     """Whether a weight holds its own numbers, and not those of a quantized one."""
     return type(weight.data) is torch.Tensor and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
-
-
-def quantized_by_hand(model: nn.Module) -> int:
-    """How many layers of a model hold weights that the user, or diffusers' loading, has quantized."""
-    if getattr(model, "quantized", None) is not None:
-        return 0
-    layers = {name.rpartition(".")[0] for name, parameter in model.named_parameters() if not is_plain(parameter)}
-    return len(layers)
 
 
 def leaves(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -28,3 +24,17 @@ def leaves(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
             yield from leaves(getattr(tensor, name))
     else:
         yield tensor
+
+
+def deepcopy_sharing(module: M, shared: Iterable[torch.Tensor], memo: dict) -> M:
+    """What a module's `__deepcopy__` returns whose packed weights torch cannot copy.
+
+    Args:
+        shared: tensors that the copy has as well; they must never be written to.
+        memo: of `__deepcopy__`.
+    """
+    memo.update((id(tensor), tensor) for tensor in shared)
+    twin = type(module).__new__(type(module))
+    memo[id(module)] = twin
+    twin.__dict__.update(copy.deepcopy(module.__dict__, memo))
+    return twin

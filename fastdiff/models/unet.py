@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
 
 from ..identity import stands_in_for
-from .attention import FastAttention, apply_fusion
+from .adapters import attaching
+from .attention import FastAttention
 from .base import FastModelMixin, hoist, prepare_compiled
 from .context import ContextCache, attach_context_cache
 from .conversion import share_weights
@@ -171,16 +172,11 @@ class FastUNet2DConditionModel(FastModelMixin, UNet2DConditionModel):
 
     def set_attn_processor(self, processor) -> None:
         """As upstream; layers that get back fastdiff's processor are fused again.
-
-        Raises:
-            ValueError: the projections are fused and quantized, and a processor expects separate ones.
         """
-        self._refuse_if_quantized("Attention processors cannot be changed")
         super().set_attn_processor(processor)
 
     def set_default_attn_processor(self) -> None:
         """As upstream: plain attention everywhere."""
-        self._refuse_if_quantized("Attention processors cannot be changed")
         super().set_attn_processor(AttnProcessor2_0())
         super().set_default_attn_processor()
 
@@ -190,54 +186,42 @@ class FastUNet2DConditionModel(FastModelMixin, UNet2DConditionModel):
         self._time_rows.clear()
 
     def load_lora_adapter(self, *args, **kwargs) -> None:
-        """As upstream; layers that get an adapter run with separate projections while it is not fused.
-
-        Raises:
-            ValueError: the layers are quantized.
-        """
-        self._refuse_if_quantized("A LoRA cannot be loaded")
-        with self._changing_adapters():
+        """As upstream; fused layers stay fused, and quantized or packed ones what they are: an adapter adds to them."""
+        with self._changing_adapters(), attaching():
             super().load_lora_adapter(*args, **kwargs)
 
-    def add_adapter(self, *args, **kwargs) -> None:
+    def add_adapter(self, adapter_config, *args, **kwargs) -> None:
         """As upstream; see `load_lora_adapter`."""
-        self._refuse_if_quantized("An adapter cannot be added")
-        with self._changing_adapters():
-            super().add_adapter(*args, **kwargs)
+        # An adapter that starts from the weights themselves (PiSSA, OLoRA, DoRA) has to see them.
+        from_weights = getattr(adapter_config, "init_lora_weights", True) not in (True, False, "gaussian")
+        reads = from_weights or getattr(adapter_config, "use_dora", False)
+        with self._changing_adapters(), nullcontext() if reads else attaching():
+            super().add_adapter(adapter_config, *args, **kwargs)
 
     def fuse_lora(self, *args, **kwargs) -> None:
-        """As upstream; written into the shared storage, so that the layers are fused again."""
+        """As upstream."""
         with self._changing_adapters():
             super().fuse_lora(*args, **kwargs)
 
     def unfuse_lora(self, *args, **kwargs) -> None:
-        """As upstream; the layers with adapters run with separate projections again."""
+        """As upstream."""
         with self._changing_adapters():
             super().unfuse_lora(*args, **kwargs)
 
     def unload_lora(self, *args, **kwargs) -> None:
-        """As upstream; all layers are fused again."""
-        with self._changing_adapters():
+        """As upstream."""
+        with self._changing_adapters(), attaching():
             super().unload_lora(*args, **kwargs)
 
     def delete_adapters(self, *args, **kwargs) -> None:
         """As upstream."""
-        with self._changing_adapters():
+        with self._changing_adapters(), attaching():
             super().delete_adapters(*args, **kwargs)
-
-    def _refuse_if_quantized(self, what: str) -> None:
-        if getattr(self, "quantized", None) is not None:
-            raise ValueError(
-                f"{what}: this UNet is quantized ({self.quantized.scheme}) and its plain weights are gone. Load the "
-                "checkpoint anew and do it before the first call (a LoRA: load it, then pipe.fuse_lora() and "
-                "pipe.unload_lora_weights()), or use quantization='none' or the preset 'exact'."
-            )
 
     @contextmanager
     def _changing_adapters(self):
-        # A quantized UNet has no adapters, and its projections stay as they are.
-        if getattr(self, "quantized", None) is None:
-            apply_fusion(self, False)
+        for attn in self._self_attentions:
+            attn.show_parts()
         try:
             yield
         finally:

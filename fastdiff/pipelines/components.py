@@ -11,9 +11,9 @@ from ..compiler import compiled_by_user
 from ..config import FastConfig
 from ..models import FastAutoencoderKL, FastUNet2DConditionModel, convert_controlnet
 from ..models.base import FastModelMixin, compiled_as, prepare_compiled, unwrapped
-from ..models.storage import quantized_by_hand
+from ..models.form import count_forms, quantized_by_hand
 from ..schedulers import fast_scheduler
-from ..weights import check_scheme, count_packed
+from ..weights import check_scheme
 
 
 def check_components(pipeline_class: type, components: dict) -> None:
@@ -83,4 +83,4 @@ def components_state(unet: Any, components: tuple) -> tuple:
     """
     is_shared = getattr(unet, "shares_weights_with", lambda: None)() is not None
     choices = tuple((compiled_by_user(component), getattr(component, "fuse_choice", None)) for component in components)
-    return count_packed(unet), quantized_by_hand(unet), is_shared, choices
+    return count_forms(unet), quantized_by_hand(unet), is_shared, choices

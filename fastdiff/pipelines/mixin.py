@@ -28,6 +28,7 @@ from ..models.unet import FastUNet2DConditionModel
 from ..plan import Plan
 from ..schedulers import stock_scheduler
 from ..steps import PlanStep, PlanTable, format_plan
+from ..weights import remember_plain, restore_plain
 from .components import check_components, components_state, convert_component
 from .loading import FastLoadingMixin, loading_config
 from .postprocess import FastImageProcessor
@@ -70,6 +71,7 @@ class FastPipelineMixin(WarmupMixin, SavingMixin, FastLoadingMixin, metaclass=St
     """
 
     image_processor: Any
+    scheduler: Any
 
     def __init_subclass__(cls: Any, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -118,6 +120,18 @@ class FastPipelineMixin(WarmupMixin, SavingMixin, FastLoadingMixin, metaclass=St
         if "fast_config" in self.__dict__:
             value = convert_component(name, value, self.active_config)
         super().__setattr__(name, value)
+
+    def fuse_lora(self, *args, **kwargs) -> None:
+        """As upstream."""
+        if isinstance(self.unet, FastUNet2DConditionModel):
+            remember_plain(self.unet)
+        super().fuse_lora(*args, **kwargs)
+
+    def unfuse_lora(self, *args, **kwargs) -> None:
+        """As upstream; the UNet's weights are then what they were, to the bit."""
+        super().unfuse_lora(*args, **kwargs)
+        if isinstance(self.unet, FastUNet2DConditionModel):
+            restore_plain(self.unet)
 
     # The plan
 
@@ -187,8 +201,8 @@ class FastPipelineMixin(WarmupMixin, SavingMixin, FastLoadingMixin, metaclass=St
         state = (self.unet.device, self.unet.dtype, getattr(self.unet, "revision", None), self._execution_device)
         models = (self.unet, self.vae, *fast_controlnets(getattr(self, "controlnet", None)))
         kept = components_state(unwrapped(self.unet), models)
-        state = (*state, hasattr(self.unet, "_diffusers_hook"), self._failures.steps)
-        return (*map(id, components), *state, *kept)
+        offloaded = hasattr(self.unet, "_diffusers_hook")
+        return (*map(id, components), *state, offloaded, self._failures.steps, *kept)
 
     def _new_plan(self) -> Plan:
         controlnets = fast_controlnets(getattr(self, "controlnet", None))
@@ -209,7 +223,8 @@ class FastPipelineMixin(WarmupMixin, SavingMixin, FastLoadingMixin, metaclass=St
 
     @torch.no_grad()
     def __call__(self, *args, **kwargs):
-        taken_off, put_back = {}, random_states(kwargs.get("generator"))
+        taken_off: dict[str, Exception] = {}
+        put_back = random_states(kwargs.get("generator"))
         while True:
             try:
                 output = self._draw(*args, **kwargs)

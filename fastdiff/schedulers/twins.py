@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -92,5 +94,5 @@ def fast_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 def stock_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     """The stock twin of a fast scheduler, with its configuration; any other scheduler as it is."""
-    stock = next((stock for stock, twin in FAST_CLASSES.items() if type(scheduler) is twin), None)
+    stock: Any = next((stock for stock, twin in FAST_CLASSES.items() if type(scheduler) is twin), None)
     return scheduler if stock is None else stock.from_config(scheduler.config)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from diffusers.models.activations import GEGLU
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .packed import Packed, PackedConv2d, PackedGate, PackedGEGLU, PackedLinear, is_packable
+from ..models.adapters import adapter_modules
+from .geglu import convert_geglu
+from .packed import Packed, PackedConv2d, PackedGate, PackedLinear, is_packable
 
 # Below this many parameters a model's layers are so small that the way through Python outweighs what is saved.
 _MIN_PARAMETERS = 100_000_000
-_QKV = ("to_qkv", "to_q", "to_k", "to_v")
 
 
 @dataclass(frozen=True)
@@ -71,18 +71,17 @@ def apply_packing(model: nn.Module, enabled: bool) -> int:
     if not enabled:
         for module in model.modules():
             if isinstance(module, Packed):
-                module.unpack()
+                module.give_up()
         return 0
+    gates, adapters = convert_geglu(model), adapter_modules(model)
+    linears = dict(_linears(model))
     for module in list(model.modules()):
-        if type(module) is GEGLU:
-            module.__class__ = PackedGEGLU
-        if isinstance(module, GEGLU) and is_packable(module.proj):
-            PackedGate.pack(module.proj)
-    for module in list(model.modules()):
-        if isinstance(module, Transformer2DModel):
-            _pack_linears(module)
-        elif type(module) is nn.Conv2d and is_packable(module):
-            PackedConv2d.pack(module)
+        if id(module) in adapters or not is_packable(module):
+            continue
+        if type(module) is nn.Conv2d:
+            PackedConv2d.make(module)
+        elif id(module) in linears:
+            (PackedGate if id(module) in gates else PackedLinear).make(module)
     return count_packed(model)
 
 
@@ -91,16 +90,15 @@ def count_packed(model: nn.Module) -> int:
     return sum(isinstance(module, Packed) for module in model.modules())
 
 
-def _pack_linears(transformer: Transformer2DModel) -> None:
-    dormant: set[int] = set()
-    for module in transformer.modules():
-        if isinstance(module, BaseTunerLayer):
-            # Adapters are small and get edited; what they wrap is not.
-            dormant.update(id(child) for child in module.modules() if child is not module.get_base_layer())
-        elif {"to_qkv", "to_q"} <= module._modules.keys():
-            # With a merged LoRA the parts stay beside the fused projection, over its storage.
-            dormant.update(id(child) for name in _QKV for child in getattr(module, name).modules())
-    for name, module in list(transformer.named_modules()):
-        of_context = ".attn2.to_k." in f"{name}." or ".attn2.to_v." in f"{name}."
-        if type(module) is nn.Linear and id(module) not in dormant and not of_context and is_packable(module):
-            PackedLinear.pack(module)
+def _linears(model: nn.Module) -> Iterator[tuple[int, str]]:
+    """The linear layers of a model that run in every step of its transformers: their ids and names."""
+    for stem, transformer in model.named_modules():
+        if isinstance(transformer, Transformer2DModel):
+            for name, module in transformer.named_modules():
+                if isinstance(module, nn.Linear) and not is_of_context(name):
+                    yield id(module), f"{stem}.{name}"
+
+
+def is_of_context(name: str) -> bool:
+    """Whether a layer, by its name, projects the context, which it does once a prompt."""
+    return name.removesuffix(".base_layer").endswith(("attn2.to_k", "attn2.to_v"))

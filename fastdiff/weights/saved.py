@@ -6,7 +6,6 @@ Stock diffusers finds no file of its own in such a folder and says so: it could 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Callable
@@ -15,34 +14,40 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import ModelMixin
-from diffusers.models.activations import GEGLU
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict, unflatten_tensor_state_dict
 
-from .int8 import Int8Gate, Int8GEGLU, Int8Linear, convert_feed_forward
+from .geglu import convert_geglu
+from .int8 import Int8, Int8Conv2d, Int8Gate, Int8Linear, convert_feed_forward
 from .record import Quantized
 from .schemes import check_int8_units
+from .torchao_form import TorchaoLinear
 
 FILE = "fastdiff_quantized.safetensors"
 _FORMAT, _VERSION = "fastdiff-quantized", "1"
 _CLASSES = ("UNet2DConditionModel", "ControlNetModel")
 
 
-def save_quantized(model: ModelMixin, save_directory: str | os.PathLike) -> None:
-    """Write a quantized model: what `model.save_pretrained` is once it is quantized.
+def save_quantized(model: ModelMixin, save_directory: str | os.PathLike, **ignored) -> None:
+    """Write a quantized model in its quantized form.
 
     Args:
         model: a fast UNet or ControlNet with `model.quantized`.
         save_directory: made if need be; gets `config.json` and `fastdiff_quantized.safetensors`.
+        ignored: what `ModelMixin.save_pretrained` takes beside.
     """
     Path(save_directory).mkdir(parents=True, exist_ok=True)
     model.save_config(save_directory)
     tensors: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         # Each module's own tensors: the hooks that give projections their stock names would split quantized ones.
-        module._save_to_state_dict(tensors, f"{name}." if name else "", False)
+        prefix = f"{name}." if name else ""
+        if isinstance(module, Int8 | TorchaoLinear):
+            module.save_held(tensors, prefix)
+        else:
+            module._save_to_state_dict(tensors, prefix, False)
     tensors, metadata = flatten_tensor_state_dict({key: value.detach() for key, value in tensors.items()})
     metadata |= {"format": _FORMAT, "version": _VERSION, "record": json.dumps(dataclasses.asdict(model.quantized))}
     save_file({key: value.contiguous() for key, value in tensors.items()}, Path(save_directory) / FILE, metadata)
@@ -93,15 +98,14 @@ def load_quantized(
         model = getattr(diffusers, config["_class_name"]).from_config(config)
     model = convert(model.eval().requires_grad_(False))
     try:
-        _fill(model, {**tensors, **rest})
+        _fill(model, {**tensors, **rest}, record.scheme)
     except (KeyError, ValueError, AttributeError) as error:
         raise _damaged(path, error) from error
     model.quantized = record
-    model.save_pretrained = functools.partial(save_quantized, model)
     return model
 
 
-def _fill(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], scheme: str) -> None:
     """Give a model on the meta device its tensors, and its layers the kinds that they were saved with."""
     fused = {key.rsplit(".to_qkv.", 1)[0] for key in tensors if ".to_qkv." in key}
     for name in fused:
@@ -110,15 +114,17 @@ def _fill(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         width = sum(part.out_features for part in parts)
         attention.to_qkv = nn.Linear(parts[0].in_features, width, bias=parts[0].bias is not None, device="meta")
         del attention.to_q, attention.to_k, attention.to_v
-    gates = {id(module.proj): module for module in model.modules() if isinstance(module, GEGLU)}
+    gates = convert_geglu(model)
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if f"{prefix}weight_int8" in tensors:
             weight, scale = (tensors.pop(prefix + key) for key in ("weight_int8", "weight_scale"))
             _check_shape(prefix, weight, module.weight)
-            (Int8Gate if id(module) in gates else Int8Linear).restore(module, weight, scale)
-            if id(module) in gates:
-                gates[id(module)].__class__ = Int8GEGLU
+            kind = Int8Conv2d if isinstance(module, nn.Conv2d) else Int8Gate if id(module) in gates else Int8Linear
+            kind.restore(module, weight, scale)
+        elif type(tensors.get(f"{prefix}weight")) not in (torch.Tensor, type(None)):
+            _check_shape(prefix, tensors[prefix + "weight"], module.weight)
+            TorchaoLinear.restore(module, tensors.pop(prefix + "weight"), scheme)
         for key, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.device.type == "meta":
                 value = tensors.pop(prefix + key)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+
+from .sources import free_memory
 
 # Below this many parameters a model's layers are so small that quantizing their input outweighs what is saved.
 _MIN_PARAMETERS = 100_000_000
+# Of free memory, for what can as well be left undone.
+_SHARE_OF_MEMORY = 0.8
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ def choose_quantization(
     parameters: int,
     is_compiled: bool = False,
     is_shared: bool = False,
-    has_adapters: bool = False,
+    needed: int = 0,
 ) -> QuantizationChoice:
     """Settle `FastConfig.quantization` for a device.
 
@@ -38,7 +41,7 @@ def choose_quantization(
         parameters: how many it has; on CPUs small models lose by it.
         is_compiled: whether its regions get compiled.
         is_shared: whether a stock model that is still in use has the same weights, which would then be held twice.
-        has_adapters: whether adapters are loaded, fused or not.
+        needed: bytes of host memory that "auto" may only take if they are free.
 
     Raises:
         ValueError: a scheme, asked for by name, that the device, the dtype or what is loaded does not allow.
@@ -47,8 +50,13 @@ def choose_quantization(
         return QuantizationChoice(None, "switched off by FastConfig.quantization")
     if requested == "auto":
         if device.type == "cpu":
-            return _choose_on_cpu(dtype, parameters, is_compiled, is_shared, has_adapters)
-        return _choose(device, dtype, is_compiled, has_adapters)
+            choice = _choose_on_cpu(dtype, parameters, is_compiled, is_shared)
+        else:
+            choice = _choose(device, dtype, is_compiled)
+        if choice.scheme is None or needed == 0 or needed < _SHARE_OF_MEMORY * (free_memory() or needed):
+            return choice
+        why = f"no file holds the plain weights, and a copy of {needed / 2**30:.1f} GiB does not fit in free memory"
+        return QuantizationChoice(None, why)
     capability = _capability(device)
     if requested.startswith("fp8") and (capability is None or capability < (8, 9)):
         raise ValueError(
@@ -71,11 +79,6 @@ def choose_quantization(
                 "quantization='int8-dynamic' on CPU computes in oneDNN, whose packed weights the compiler does not "
                 "take; use compile='auto' or 'off' with it and no unet.compile(), or quantization='none'."
             )
-    if has_adapters:
-        raise ValueError(
-            f"quantization={requested!r}: an adapter is loaded, and quantized layers cannot take it in or out. Call "
-            "pipe.fuse_lora() and pipe.unload_lora_weights() first, or use quantization='none'."
-        )
     return QuantizationChoice(requested, "asked for by FastConfig.quantization")
 
 
@@ -92,32 +95,13 @@ def check_int8_units() -> None:
         )
 
 
-def check_scheme(model: nn.Module, requested: str) -> None:
-    """Refuse another scheme than the one a model is quantized with: its plain weights are gone.
-
-    Args:
-        model: a UNet or ControlNet, quantized or not.
-        requested: `FastConfig.quantization`; `"auto"` goes with every scheme.
-
-    Raises:
-        ValueError: naming both schemes.
-    """
-    quantized = getattr(model, "quantized", None)
-    if quantized is not None and requested not in ("auto", quantized.scheme):
-        raise ValueError(
-            f"quantization={requested!r}, but this {type(model).__name__} is already quantized with "
-            f"{quantized.scheme!r} and its plain weights are gone. Load the checkpoint anew, or use "
-            f"quantization='auto' or {quantized.scheme!r}."
-        )
-
-
-def _choose(device: torch.device, dtype: torch.dtype, is_compiled: bool, has_adapters: bool) -> QuantizationChoice:
+def _choose(device: torch.device, dtype: torch.dtype, is_compiled: bool) -> QuantizationChoice:
     capability = _capability(device)
     if capability is None:
         return QuantizationChoice(None, f"no scheme was measured to be faster than bfloat16 on {device.type}")
     if not is_compiled:
         return QuantizationChoice(None, "nothing is compiled, and quantizing inputs unfused costs more than is saved")
-    if (why := _why_not(dtype, has_adapters)) is not None:
+    if (why := _why_not(dtype)) is not None:
         return QuantizationChoice(None, why)
     if capability >= (8, 9):
         return QuantizationChoice("fp8-dynamic", f"float8 matrix units (capability {_dotted(capability)})")
@@ -126,10 +110,8 @@ def _choose(device: torch.device, dtype: torch.dtype, is_compiled: bool, has_ada
     return QuantizationChoice(None, f"capability {_dotted(capability)} has no int8 or float8 matrix units")
 
 
-def _choose_on_cpu(
-    dtype: torch.dtype, parameters: int, is_compiled: bool, is_shared: bool, has_adapters: bool
-) -> QuantizationChoice:
-    units, why = _int8_units(), _why_not(dtype, has_adapters)
+def _choose_on_cpu(dtype: torch.dtype, parameters: int, is_compiled: bool, is_shared: bool) -> QuantizationChoice:
+    units, why = _int8_units(), _why_not(dtype)
     if units != "AMX":
         # With VNNI alone it runs when asked for.
         why = "no scheme was measured to be faster than bfloat16 on CPUs without AMX's int8 units"
@@ -147,12 +129,8 @@ def _choose_on_cpu(
     return QuantizationChoice("int8-dynamic", "AMX int8 units")
 
 
-def _why_not(dtype: torch.dtype, has_adapters: bool) -> str | None:
-    if dtype != torch.bfloat16:
-        return f"weights are {dtype}; quantization needs bfloat16"
-    if has_adapters:
-        return "an adapter is loaded; after fuse_lora() and unload_lora_weights() layers are quantized"
-    return None
+def _why_not(dtype: torch.dtype) -> str | None:
+    return None if dtype == torch.bfloat16 else f"weights are {dtype}; quantization needs bfloat16"
 
 
 def _capability(device: torch.device) -> tuple[int, int] | None:

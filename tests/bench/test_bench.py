@@ -25,7 +25,7 @@ from fastdiff.bench.table import ratio, seconds, table
 from fastdiff.bench.timing import Memory
 from fastdiff.bench.workloads import as_array, step_flops, workload
 from fastdiff.cli import main
-from fastdiff.weights.quantization import torchao_config
+from fastdiff.weights.torchao_form import torchao_config
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = Settings(

@@ -8,7 +8,7 @@ from support.embedded import draw, load_fast
 from torchao.quantization import quantize_
 
 from fastdiff.weights import apply_quantization, choose_quantization
-from fastdiff.weights.quantization import torchao_config
+from fastdiff.weights.torchao_form import torchao_config
 
 
 @pytest.fixture

@@ -18,12 +18,14 @@ from diffusers.models.attention import FeedForward
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.embedded import draw, load_fast, load_stock
-from support.loras import write_lora
 
 from fastdiff import FastConfig, FastStableDiffusionXLPipeline, FastUNet2DConditionModel
 from fastdiff.weights import PackedLinear, apply_quantization, choose_quantization, count_packed, plain_layers
-from fastdiff.weights.int8 import Int8FeedForward, Int8Gate, Int8GEGLU, Int8Linear, convert_feed_forward
+from fastdiff.weights.activations import quantize, quantize_padded
+from fastdiff.weights.geglu import GatedGEGLU
+from fastdiff.weights.int8 import Int8Conv2d, Int8Gate, Int8Linear, RowsFeedForward, convert_feed_forward
 from fastdiff.weights.saved import FILE
+from fastdiff.weights.sources import Kept
 
 CPU = torch.device("cpu")
 CAPABILITIES = torch.cpu.get_capabilities()
@@ -59,7 +61,6 @@ def test_a_large_model_is_quantized_by_default_where_the_cpu_has_int8_units():
         ({"parameters": 99_000_000}, "99 M parameters"),
         ({"is_compiled": True}, "compiled"),
         ({"is_shared": True}, "held twice"),
-        ({"has_adapters": True}, "unload_lora_weights"),
         ({"device": torch.device("mps")}, "faster than bfloat16 on mps"),
     ],
 )
@@ -91,7 +92,7 @@ def test_small_models_are_left_alone_and_the_plan_says_why():
     assert not default.applied and not default.lossless
     assert "too small to gain" in default.reason or not HAS_AMX or torch.cuda.is_available()
     asked = quantize_step(load_fast(FastConfig.preset("balanced", quantization="int8-weight-only")))
-    assert not asked.applied and "0 linear layers" in asked.reason and "too small to gain" in asked.reason
+    assert not asked.applied and "0 layers" in asked.reason and "too small to gain" in asked.reason
 
 
 @pytest.mark.parametrize("scheme", ["fp8-dynamic", "fp8-weight-only"])
@@ -104,8 +105,6 @@ def test_a_scheme_that_the_device_cannot_run_is_refused_before_the_loop(scheme):
 def test_what_a_scheme_does_not_go_with_is_refused():
     with pytest.raises(ValueError, match="bfloat16 or float32"):
         choose("int8-weight-only", dtype=torch.float16)
-    with pytest.raises(ValueError, match="unload_lora_weights"):
-        choose("int8-weight-only", has_adapters=True)
     if HAS_AMX:
         with pytest.raises(ValueError, match="compile='auto' or 'off'"):
             choose("int8-dynamic", is_compiled=True)
@@ -143,13 +142,6 @@ def make_pipe(scheme: str = "none", dtype: torch.dtype = torch.bfloat16, **field
     pipe = FastStableDiffusionXLPipeline.from_pipe(pipe, unet=make_wide_unet(dtype), fast=fast)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def plain_twin() -> StableDiffusionXLPipeline:
-    """A stock pipeline with the weights of `make_pipe`, to write LoRAs for."""
-    twin = load_stock().to(torch.bfloat16)
-    twin.unet = make_wide_unet(torch.bfloat16)
-    return twin
 
 
 def unet_inputs(dtype: torch.dtype = torch.float32) -> dict:
@@ -201,8 +193,14 @@ def test_weights_shrink_by_half_and_the_result_moves_little(scheme):
     assert 0.49 < done.bytes_after / done.bytes_before <= 0.52
     assert done.model_before - done.model_after == done.bytes_before - done.bytes_after
     assert 0 < relative_error(unet, reference) < 0.02
-    assert count_kind(unet, Int8FeedForward) == (4 if scheme == "int8-dynamic" else 0)
+    assert count_kind(unet, RowsFeedForward) == (4 if scheme == "int8-dynamic" else 0)
     assert plain_layers(unet, scheme)[0] == {}, "nothing is quantized twice"
+
+
+def rounded(weight: torch.Tensor) -> torch.Tensor:
+    """A weight as int8 has it: one scale an output feature."""
+    row = weight.float().flatten(1).abs().amax(1).view(-1, *[1] * (weight.ndim - 1)) / 127
+    return (weight.float() / row).round() * row
 
 
 @needs_int8
@@ -211,15 +209,44 @@ def test_weights_shrink_by_half_and_the_result_moves_little(scheme):
 def test_int8_layers_equal_their_own_definition(dtype):
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(96, 64).to(dtype), torch.randn(2, 7, 96).to(dtype)
-    scale = x.float().abs().max() / 127
-    rounded_x = (x * (1 / scale.item())).round().float() * scale
-    row = layer.weight.float().abs().amax(1, keepdim=True) / 127
-    rounded_w = (layer.weight.float() / row).round() * row
-    expected = torch.nn.functional.linear(rounded_x, rounded_w, layer.bias.float())
-    Int8Linear.quantize(layer)
+    values, scale, zero_point = quantize(x)
+    rounded_x = (values.float() - zero_point) * scale
+    expected = torch.nn.functional.linear(rounded_x, rounded(layer.weight), layer.bias.float())
+    Int8Linear.make(layer)
     got = layer(x)
     assert got.dtype == dtype
     torch.testing.assert_close(got.float(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 1, "bias": False},
+        {"kernel_size": 3, "stride": 2},
+        {"kernel_size": (3, 1), "padding": (2, 0), "dilation": (2, 1)},
+    ],
+)
+@torch.no_grad()
+def test_int8_convolutions_equal_their_own_definition(dtype, options):
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(32, 48, **options).to(dtype)
+    x = (torch.randn(2, 32, 10, 12) + 0.5).to(dtype)
+    values, scale, zero_point = quantize_padded(x, (0, 0))
+    rounded_x = (values.float() - zero_point) * scale
+    bias = None if layer.bias is None else layer.bias.float()
+    expected = torch.nn.functional.conv2d(
+        rounded_x, rounded(layer.weight), bias, layer.stride, layer.padding, layer.dilation
+    )
+    Int8Conv2d.make(layer)
+    got = layer(x)
+    assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(got.float(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=2e-5)
+    again = copy.deepcopy(layer)
+    again.load_state_dict(pickle.loads(pickle.dumps(layer)).state_dict())
+    assert torch.equal(again(x), got)
 
 
 @needs_int8
@@ -227,26 +254,10 @@ def test_int8_layers_equal_their_own_definition(dtype):
 def test_an_int8_geglu_equals_the_stock_one_over_the_same_layer():
     torch.manual_seed(0)
     stock, x = GEGLU(96, 64), torch.randn(2, 7, 96)
-    Int8Gate.quantize(stock.proj)
+    Int8Gate.make(stock.proj)
     expected = stock(x)
-    stock.__class__ = Int8GEGLU
+    stock.__class__ = GatedGEGLU
     torch.testing.assert_close(stock(x), expected, rtol=1e-5, atol=1e-6)
-
-
-@needs_int8
-@pytest.mark.parametrize("shape", [(1100, 2001), (2001, 1100)])
-@torch.no_grad()
-def test_inputs_of_many_blocks_are_quantized_like_small_ones(shape):
-    """Beyond a few blocks the input is quantized block by block; its scale is still one."""
-    torch.manual_seed(0)
-    layer, x = torch.nn.Linear(shape[1], 8).bfloat16(), torch.randn(shape).bfloat16()
-    x[-1, -1] = 9
-    Int8Linear.quantize(layer)
-    # The largest number is in each piece, which therefore gets the scale of the whole.
-    pieces = [torch.cat([piece, x[-1:]]) for piece in x.split(300)]
-    expected = torch.cat([layer(piece)[:-1] for piece in pieces])
-    assert torch.equal(layer(x), expected)
-    assert torch.equal(layer(x.t().contiguous().t()), expected)
 
 
 @needs_int8
@@ -254,13 +265,11 @@ def test_inputs_of_many_blocks_are_quantized_like_small_ones(shape):
 def test_a_feed_forward_layer_takes_many_rows_in_parts():
     torch.manual_seed(0)
     feed = FeedForward(64, activation_fn="geglu").bfloat16()
-    Int8Gate.quantize(feed.net[0].proj)
-    feed.net[0].__class__ = Int8GEGLU
+    Int8Gate.make(feed.net[0].proj)
+    feed.net[0].__class__ = GatedGEGLU
+    Int8Linear.make(feed.net[2])
     convert_feed_forward(feed)
-    assert type(feed) is FeedForward, "its second product is plain"
-    Int8Linear.quantize(feed.net[2])
-    convert_feed_forward(feed)
-    assert type(feed) is Int8FeedForward
+    assert type(feed) is RowsFeedForward
     x, widths = torch.randn(3, 700, 64).bfloat16(), []
     x[2] *= 5
     feed.net[0].register_forward_hook(lambda module, args, output: widths.append(len(args[0])))
@@ -272,31 +281,45 @@ def test_a_feed_forward_layer_takes_many_rows_in_parts():
 
 @needs_int8
 @torch.no_grad()
-def test_an_int8_layer_is_copied_pickled_and_loaded_exactly_and_stays_on_the_cpu():
+def test_an_int8_layer_without_plain_weights_is_copied_pickled_and_cast_and_says_what_it_lacks():
     torch.manual_seed(0)
     layer, x = GEGLU(96, 64), torch.randn(3, 96)
-    Int8Gate.quantize(layer.proj)
+    Int8Gate.make(layer.proj)
     expected = layer(x)
     assert torch.equal(copy.deepcopy(layer)(x), expected)
     assert torch.equal(pickle.loads(pickle.dumps(layer))(x), expected)
-    other = GEGLU(96, 64)
-    Int8Gate.quantize(other.proj)
-    other.load_state_dict(layer.state_dict())
-    assert torch.equal(other(x), expected)
-    with pytest.raises(RuntimeError, match="weight_int8"):
-        other.load_state_dict(GEGLU(96, 64).state_dict())
-    with pytest.raises(ValueError, match="quantized for CPU"):
-        layer.to("meta")
-    with pytest.raises(ValueError, match="plain weight is gone"):
-        _ = layer.proj.weight
+    for wants_plain in (lambda: layer.proj.weight, layer.state_dict, lambda: layer.requires_grad_(True)(x).sum()):
+        with pytest.raises(ValueError, match="was saved quantized"):
+            wants_plain()
+        layer.requires_grad_(False)
     assert torch.equal(layer.to(torch.bfloat16).float()(x).sign(), expected.sign())
+    plain = GEGLU(96, 64)
+    layer.load_state_dict(plain.state_dict())
+    assert type(layer.proj) is torch.nn.Linear and torch.equal(layer(x), plain(x))
+
+
+@needs_int8
+@torch.no_grad()
+def test_an_int8_layer_gives_its_plain_weight_back():
+    torch.manual_seed(0)
+    plain, x = GEGLU(96, 64), torch.randn(3, 96)
+    layer = copy.deepcopy(plain)
+    Int8Gate.make(layer.proj, Kept(layer.proj.weight.detach()))
+    quantized = layer(x)
+    assert not torch.equal(quantized, plain(x)) and torch.allclose(quantized, plain(x), atol=0.05)
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in layer.state_dict().items())
+    assert type(layer.proj) is Int8Gate, "saving leaves it quantized"
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), plain(x))
+    assert torch.equal(copy.deepcopy(layer).double()(x.double()), plain.double()(x.double()))
+    layer.proj.weight.mul_(2)
+    assert type(layer.proj) is torch.nn.Linear
 
 
 @needs_int8
 @torch.no_grad()
 def test_zeros_and_values_that_are_not_finite_are_not_hidden():
     layer = torch.nn.Linear(96, 64)
-    Int8Linear.quantize(layer)
+    Int8Linear.make(layer)
     assert torch.equal(layer(torch.zeros(2, 96)), layer.bias.expand(2, -1))
     for bad in (float("nan"), float("inf")):
         x = torch.ones(2, 96)
@@ -309,7 +332,7 @@ def test_explain_tells_layers_bytes_and_reason(scheme):
     pipe = make_pipe(scheme)
     lines = [line for line in pipe.explain().splitlines() if " quantize " in line]
     assert len(lines) == 1 and lines[0].strip().startswith("on") and "lossy" in lines[0]
-    for expected in (scheme, "linear layers", "MiB", "left: ", "8 once a prompt", "asked for"):
+    for expected in (scheme, "layers", "MiB", "left: ", "8 once a prompt", "asked for"):
         assert expected in lines[0]
 
 
@@ -329,7 +352,7 @@ torch.save(draw(pipe), sys.argv[2])
 def test_a_saved_pipeline_draws_the_same_picture_in_a_new_process(scheme, tmp_path):
     pipe = make_pipe(scheme)
     expected = draw(pipe)
-    pipe.save_pretrained(tmp_path / "pipe")
+    pipe.save_pretrained(tmp_path / "pipe", quantized=True)
     root = Path(__file__).parents[2]
     subprocess.run(
         [sys.executable, "-c", LOAD, tmp_path / "pipe", tmp_path / "latents.pt", scheme], check=True, cwd=root
@@ -338,8 +361,8 @@ def test_a_saved_pipeline_draws_the_same_picture_in_a_new_process(scheme, tmp_pa
     # What was loaded can be saved again, and says what it is.
     again = FastStableDiffusionXLPipeline.from_pretrained(tmp_path / "pipe", dtype=torch.bfloat16)
     assert again.unet.quantized == pipe.unet.quantized and scheme in again.explain()
-    assert count_kind(again.unet, Int8FeedForward) == count_kind(pipe.unet, Int8FeedForward)
-    again.save_pretrained(tmp_path / "again")
+    assert count_kind(again.unet, RowsFeedForward) == count_kind(pipe.unet, RowsFeedForward)
+    again.save_pretrained(tmp_path / "again", quantized=True)
     first, second = (load_file(tmp_path / name / "unet" / FILE) for name in ("pipe", "again"))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     with pytest.raises(OSError, match="diffusion_pytorch_model"):
@@ -348,8 +371,7 @@ def test_a_saved_pipeline_draws_the_same_picture_in_a_new_process(scheme, tmp_pa
 
 def test_a_file_that_is_damaged_or_of_another_scheme_is_refused(tmp_path):
     pipe = make_pipe("int8-weight-only")
-    assert pipe.plan
-    pipe.save_pretrained(tmp_path)
+    pipe.save_pretrained(tmp_path, quantized=True)
     load = FastStableDiffusionXLPipeline.from_pretrained
     for fast in ("exact", FastConfig(quantization="int8-dynamic")):
         with pytest.raises(ValueError, match="is quantized with 'int8-weight-only'"):
@@ -374,16 +396,18 @@ def test_a_file_that_is_damaged_or_of_another_scheme_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_scheme_of_a_live_pipeline_changes_only_with_another_unet(scheme):
+def test_each_pipeline_over_one_unet_gets_the_form_that_it_asks_for(scheme):
     pipe = make_pipe(scheme)
+    plain = {name: value.clone() for name, value in make_wide_unet(torch.bfloat16).state_dict().items()}
     before = draw(pipe)
-    for fast in ("exact", "off", FastConfig(quantization="fp8-weight-only")):
-        with pytest.raises(ValueError, match=f"already quantized with '{scheme}'"):
-            FastStableDiffusionXLPipeline.from_pipe(pipe, fast=fast)
-    same = FastStableDiffusionXLPipeline.from_pipe(pipe, fast="balanced")
-    assert same.unet is pipe.unet and torch.equal(draw(same), before)
+    exact = FastStableDiffusionXLPipeline.from_pipe(pipe, fast="exact")
+    exact.set_progress_bar_config(disable=True)
+    reference = draw(make_pipe("none"))
+    assert torch.equal(draw(exact), reference) and exact.unet.quantized is None
+    assert torch.equal(draw(pipe), before) and pipe.unet.quantized.scheme == scheme
+    assert all(torch.equal(value, plain[name]) for name, value in pipe.unet.state_dict().items())
     pipe.unet = make_wide_unet(torch.bfloat16)
-    assert pipe.unet.__dict__.get("quantized") is None
+    assert getattr(pipe.unet, "quantized", None) is None
     assert torch.equal(draw(pipe), before) and pipe.unet.quantized.scheme == scheme
 
 
@@ -396,25 +420,6 @@ def test_a_stock_pipeline_over_the_same_weights_is_not_quantized(scheme):
     assert fast.plan and fast.unet.quantized
     after = dict(stock.unet.named_parameters())
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_lora_goes_in_before_quantization_and_is_refused_after(scheme, tmp_path):
-    lora = write_lora(plain_twin(), tmp_path, seed=5)
-    pipe = make_pipe(scheme)
-    pipe.load_lora_weights(lora)
-    with pytest.raises(ValueError, match="fuse_lora"):
-        draw(pipe)
-    pipe.fuse_lora()
-    pipe.unload_lora_weights()
-    with_lora = draw(pipe)
-    assert pipe.unet.quantized.scheme == scheme
-    assert not torch.equal(with_lora, draw(make_pipe(scheme)))
-    with pytest.raises(ValueError, match=rf"LoRA cannot be loaded.*{scheme}.*fuse_lora.*quantization='none'"):
-        pipe.load_lora_weights(lora)
-    assert torch.equal(draw(pipe), with_lora), "nothing was changed"
-    pipe.unload_lora_weights()
-    assert torch.equal(draw(pipe), with_lora)
 
 
 def stock_of_full_size() -> StableDiffusionXLPipeline:
@@ -441,39 +446,20 @@ def test_by_default_layers_are_quantized_once_no_stock_pipeline_shares_them(tmp_
     assert count_packed(pipe.unet), "by the other pipeline's plan"
     moved = draw(pipe).float()
     steps = {step.name: step for step in pipe.plan}
-    assert steps["quantize"].applied and "8 linear layers" in steps["quantize"].reason
+    assert steps["quantize"].applied and "8 layers" in steps["quantize"].reason
     assert "AMX" in steps["quantize"].reason and steps["pack_weights"].applied
     assert count_kind(pipe.unet, Int8Linear) == 8 and count_kind(pipe.unet, PackedLinear) > 8
     assert 0 < (moved - near).norm() / reference.norm() < 0.05
     assert torch.equal(draw(pipe).float(), moved), "the plan is applied once"
-    with pytest.raises(ValueError, match=r"LoRA cannot be loaded.*quantization='none'"):
-        pipe.load_lora_weights(write_lora(plain_twin(), tmp_path, seed=5))
-    with pytest.raises(ValueError, match="already quantized with 'int8-dynamic'"):
-        draw(exact)
+    assert torch.equal(draw(exact).float(), near), "the plan of the other pipeline gets plain weights back"
 
 
 @needs_amx
-def test_by_default_an_adapter_or_a_compiler_keeps_the_layers_plain(tmp_path):
+def test_by_default_a_compiler_keeps_the_layers_plain():
     pipe = FastStableDiffusionXLPipeline.from_pipe(stock_of_full_size())
-    pipe.load_lora_weights(write_lora(plain_twin(), tmp_path, seed=5))
-    assert "adapter" in quantize_step(pipe).reason and count_packed(pipe.unet)
-    pipe.unload_lora_weights()
     pipe.unet.compile()
     assert "compiled" in quantize_step(pipe).reason
     assert count_kind(pipe.unet, Int8Linear) == 0
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_quantized_projections_are_not_taken_apart(scheme):
-    pipe = make_pipe(scheme)
-    before = draw(pipe)
-    with pytest.raises(ValueError, match="cannot be changed.*quantized"):
-        pipe.unet.set_default_attn_processor()
-    if scheme == "int8-weight-only":
-        with pytest.raises(ValueError, match="fused and quantized"):
-            pipe.unet.unfuse_qkv_projections()
-        pipe.unet.fuse_qkv_projections()
-    assert torch.equal(draw(pipe), before)
 
 
 PEAK = """
@@ -499,8 +485,10 @@ for parameter in unet.parameters():
     parameter.fill_(0.01)
 unet = FastUNet2DConditionModel.from_stock(unet)
 unet.fuse_qkv_projections()
-weights, before = sum(p.nbytes for p in unet.parameters()), held("VmRSS")
+unet.save_pretrained(sys.argv[2])
+unet.register_to_config(_name_or_path=sys.argv[2])
 Path("/proc/self/clear_refs").write_text("5")
+weights, before = sum(p.nbytes for p in unet.parameters()), held("VmRSS")
 done = apply_quantization(unet, sys.argv[1])
 print(weights, held("VmHWM") - before, held("VmRSS") - before, done.bytes_before)
 """
@@ -508,9 +496,9 @@ print(weights, held("VmHWM") - before, held("VmRSS") - before, done.bytes_before
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak of resident memory")
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_no_second_copy_of_the_model_is_held_while_quantizing(scheme):
+def test_no_second_copy_of_the_model_is_held_while_quantizing(scheme, tmp_path):
     ran = subprocess.run(
-        [sys.executable, "-c", PEAK, scheme],
+        [sys.executable, "-c", PEAK, scheme, tmp_path],
         check=True,
         cwd=Path(__file__).parents[2],
         capture_output=True,

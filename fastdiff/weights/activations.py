@@ -1,0 +1,94 @@
+"""Activations to uint8, as they come: one scale and one zero point an input."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .native import load_kernels
+
+# One less than fits in 8 bits, as the zero point is rounded too: so that the lowest number comes to -0.49 levels or
+# more, and the highest to 254.51 or less. Nothing has to be clamped.
+_LEVELS, _ROUNDING = 254, 0.51
+_TINY = 1e-30
+# Numbers that are quantized at a time without compiled code: the pass after finds them in the cache, and no fresh
+# memory, whose pages cost most on a CPU, is touched. Below a few such blocks the calls cost more than that.
+_BLOCK, _FEW_BLOCKS = 1 << 19, 4
+_COMPILED = {torch.bfloat16: "fastdiff_quantize_bfloat16", torch.float32: "fastdiff_quantize_float32"}
+
+
+class Quantized(NamedTuple):
+    """`(values - zero_point) * scale` is the input, rounded. What is not finite in it makes `scale` not finite."""
+
+    values: torch.Tensor
+    scale: float
+    zero_point: int
+
+
+def quantize(x: torch.Tensor) -> Quantized:
+    """Quantize a tensor of any shape."""
+    x = x.contiguous()
+    function = _compiled(x.dtype)
+    if function is not None:
+        return _call(function, x, torch.empty(x.shape, dtype=torch.uint8), (1, 1, 1, x.numel()), (0, 0))
+    scale, zero_point, inverse, offset = _range(x)
+    if x.numel() <= _FEW_BLOCKS * _BLOCK:
+        return Quantized(torch.add(offset, x, alpha=inverse).round_().to(torch.uint8), scale, zero_point)
+    values, block = torch.empty(x.numel(), dtype=torch.uint8), torch.empty(_BLOCK, dtype=x.dtype)
+    for part, levels in zip(x.view(-1).split(_BLOCK), values.split(_BLOCK), strict=True):
+        levels.copy_(torch.add(offset, part, alpha=inverse, out=block[: len(part)]).round_())
+    return Quantized(values.view(x.shape), scale, zero_point)
+
+
+def quantize_padded(x: torch.Tensor, padding: tuple[int, int]) -> Quantized:
+    """Quantize what a convolution takes, padded with zeros (which are `zero_point`), in channels_last.
+
+    Args:
+        x: (batch, channels, height, width).
+        padding: rows above and below, columns at the left and the right.
+
+    Returns:
+        Values of (batch, channels, height + 2 * rows, width + 2 * columns).
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    batch, channels, height, width = x.shape
+    function = _compiled(x.dtype)
+    if function is not None:
+        shape = (batch, channels, height + 2 * padding[0], width + 2 * padding[1])
+        values = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+        return _call(function, x, values, (batch, height, width, channels), padding)
+    values, scale, zero_point = quantize(x.permute(0, 2, 3, 1))
+    if any(padding):
+        values = F.pad(values, (0, 0, padding[1], padding[1], padding[0], padding[0]), value=zero_point)
+    return Quantized(values.permute(0, 3, 1, 2), scale, zero_point)
+
+
+def is_compiled() -> bool:
+    """Whether the pass is compiled code here."""
+    return load_kernels() is not None
+
+
+def _compiled(dtype: torch.dtype):
+    kernels = load_kernels() if dtype in _COMPILED else None
+    return None if kernels is None else getattr(kernels, _COMPILED[dtype])
+
+
+def _call(function, x: torch.Tensor, values: torch.Tensor, sizes: tuple, padding: tuple[int, int]) -> Quantized:
+    found = (ctypes.c_float * 2)()
+    function(x.data_ptr(), values.data_ptr(), *sizes, *padding, ctypes.addressof(found))
+    return Quantized(values, found[0], int(found[1]))
+
+
+def _range(x: torch.Tensor) -> tuple[float, int, float, torch.Tensor]:
+    # `aminmax` keeps what is not finite.
+    low, high = (bound.item() for bound in torch.aminmax(x)) if x.numel() else (0.0, 0.0)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return math.nan, 0, math.nan, torch.tensor(0.0, dtype=x.dtype)
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = max(high / _LEVELS - low / _LEVELS, _TINY)
+    zero_point = math.floor(_ROUNDING - low / scale)
+    return scale, zero_point, 1 / scale, torch.tensor(float(zero_point), dtype=x.dtype)

@@ -1,0 +1,192 @@
+"""Where the plain weight of a lossy form comes back from: the checkpoint's own file, or a copy in host memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..models.form import Source
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PARTS = ("to_q", "to_k", "to_v")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A plain weight in host memory, for one that no file holds: made in memory, edited, merged with a LoRA."""
+
+    weight: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes."""
+        return self.weight.nbytes
+
+    def read(self) -> torch.Tensor:
+        """The weight."""
+        return self.weight.clone()
+
+
+@dataclass(frozen=True)
+class InFile:
+    """A plain weight in a safetensors file, cast as at loading; one place for each of the parts that it joins."""
+
+    file: WeightsFile
+    names: tuple[str, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Nothing."""
+        return 0
+
+    def read(self) -> torch.Tensor:
+        """The weight, read from the file.
+
+        Raises:
+            OSError: the file has changed or vanished.
+        """
+        self.file.check()
+        parts = [self.file.tensor(name) for name in self.names]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self.dtype)
+
+
+class WeightsFile:
+    """One safetensors file: its header, read once, and its tensors, read when they are asked for.
+
+    Read and not mapped: a file that shrinks under a mapping ends the process.
+
+    Args:
+        path: the file.
+        renamed: names as the model has them to names as the file has them, for files in another layout.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no safetensors file.
+    """
+
+    def __init__(self, path: Path, renamed: Mapping[str, str] | None = None):
+        self.path, self._renamed = path, renamed
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= path.stat().st_size:
+                raise ValueError(f"{path} is no safetensors file")
+            self._header = json.loads(file.read(length))
+        self._start, self._stat = 8 + length, self._look()
+
+    def __contains__(self, name: str) -> bool:
+        return self._stored(name) in self._header
+
+    def _stored(self, name: str) -> str:
+        return name if self._renamed is None else self._renamed.get(name, "")
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read a tensor, as the file has it."""
+        entry = self._header[self._stored(name)]
+        start, end = entry["data_offsets"]
+        data = bytearray(end - start)
+        with self.path.open("rb") as file:
+            file.seek(self._start + start)
+            if file.readinto(data) != len(data):
+                raise OSError(f"{self.path} ends before the tensor {name!r} does")
+        return torch.frombuffer(data, dtype=_DTYPES[entry["dtype"]]).view(entry["shape"])
+
+    def is_float(self, name: str) -> bool:
+        """Whether a tensor is of a kind that weights are read in."""
+        return self._header[self._stored(name)]["dtype"] in _DTYPES
+
+    def check(self) -> None:
+        """Make sure that the file is still the one whose weights were compared with the model's.
+
+        Raises:
+            OSError: it has changed or vanished.
+        """
+        try:
+            changed = self._look() != self._stat
+        except OSError as error:
+            raise OSError(self._complaint("cannot be read any more")) from error
+        if changed:
+            raise OSError(self._complaint("has changed since the model was loaded from it"))
+
+    def _look(self) -> tuple[int, int, int]:
+        stat = os.stat(self.path)
+        return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+    def _complaint(self, what: str) -> str:
+        return (
+            f"The plain weights of this model are in {str(self.path)!r}, which {what}. Pictures can still be drawn; "
+            "for what needs plain weights (merging a LoRA, saving, moving, editing) put the file back, or load the "
+            "model anew."
+        )
+
+
+class Checkpoint:
+    """The files that a model may have been loaded from, asked for one weight after the other.
+
+    What they hold is compared with the model bit for bit, so that a weight which was edited, or a file of another
+    model, is never taken for its source.
+    """
+
+    def __init__(self, files: list[WeightsFile]):
+        self.files = files
+
+    @classmethod
+    def of(cls, model: nn.Module | None) -> Checkpoint:
+        """Find the files of a model: where its configuration says that it was loaded from, or what `weights_files` of
+        it names; none of no model."""
+        files = list(getattr(model, "weights_files", ()))
+        folder = getattr(getattr(model, "config", None), "_name_or_path", None)
+        if not files and folder and Path(folder).is_dir():
+            for path in sorted(Path(folder).glob("*.safetensors")):
+                try:
+                    files.append(WeightsFile(path))
+                except (OSError, ValueError):
+                    continue
+        return cls(files)
+
+    def source(self, layer: str, weight: torch.Tensor, copy: bool = False) -> Source:
+        """Where a layer's plain weight can be had again once it is let go.
+
+        Args:
+            layer: name of the layer in the model; a fused projection is looked up by its parts.
+            weight: as it is now.
+            copy: whether `weight` is going to be changed in place, so that keeping it takes a copy.
+        """
+        names = tuple(_stock_names(layer))
+        for file in self.files:
+            if all(name in file and file.is_float(name) for name in names):
+                source = InFile(file, names, weight.dtype)
+                if _equal(source, weight):
+                    return source
+        kept = weight.detach().cpu().contiguous()
+        return Kept(kept.clone() if copy else kept)
+
+
+def _stock_names(layer: str) -> Iterator[str]:
+    layer = layer.replace(".base_layer", "")
+    stem, _, last = layer.rpartition(".")
+    for part in _PARTS if last == "to_qkv" else (last,):
+        yield f"{stem}.{part}.weight" if stem else f"{part}.weight"
+
+
+def _equal(source: InFile, weight: torch.Tensor) -> bool:
+    try:
+        stored = source.read()
+    except OSError:
+        return False
+    return stored.shape == weight.shape and torch.equal(stored, weight.detach().cpu())
+
+
+def free_memory() -> int | None:
+    """Bytes of host memory that are free, or can be had without swapping; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None

@@ -1,0 +1,98 @@
+"""Activations to uint8: the compiled pass and the one of PyTorch's operators."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fastdiff.weights import activations
+from fastdiff.weights.activations import quantize, quantize_padded
+from fastdiff.weights.native import load_kernels
+
+PASSES = [
+    pytest.param("compiled", marks=pytest.mark.skipif(load_kernels() is None, reason="needs a C++ compiler")),
+    "eager",
+]
+
+
+@pytest.fixture(params=PASSES)
+def each_pass(request, monkeypatch):
+    if request.param == "eager":
+        monkeypatch.setattr(activations, "load_kernels", lambda: None)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (1100, 2001), (2, 0)])
+def test_every_number_is_within_half_a_level(each_pass, dtype, shape):
+    x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 0.3).to(dtype)
+    values, scale, zero_point = quantize(x)
+    assert values.dtype == torch.uint8 and values.shape == x.shape
+    # In bfloat16, PyTorch's operators round on the way, too.
+    limit = 0.51 if each_pass == "compiled" or dtype == torch.float32 else 1.5
+    off = ((values.float() - zero_point) * scale - x.float()).abs()
+    assert not off.numel() or off.max() <= limit * scale
+
+
+@pytest.mark.parametrize("low", [0.0, -0.17, -2.0, -100.0])
+def test_the_ends_of_the_range_never_wrap_around(each_pass, low):
+    for step in range(200):
+        x = torch.tensor([low, 1.0 + step / 37])
+        values, scale, zero_point = quantize(x)
+        assert ((values.float() - zero_point) * scale - x).abs().max() <= 0.51 * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_padding_is_zero_and_any_memory_format_will_do(each_pass, dtype):
+    x = torch.randn(2, 6, 9, 11, generator=torch.Generator().manual_seed(0)).to(dtype) - 0.5
+    values, scale, zero_point = quantize_padded(x, (1, 2))
+    assert values.shape == (2, 6, 11, 15) and values.is_contiguous(memory_format=torch.channels_last)
+    inside = (values[:, :, 1:-1, 2:-2].float() - zero_point) * scale
+    assert zero_point > 0 and (inside - x.float()).abs().max() <= 1.5 * scale
+    border = values.clone()
+    border[:, :, 1:-1, 2:-2] = zero_point
+    assert (border == zero_point).all()
+    assert torch.equal(values, quantize_padded(x.to(memory_format=torch.channels_last), (1, 2)).values)
+
+
+def test_zeros_have_a_scale_and_what_is_not_finite_has_none(each_pass):
+    values, scale, zero_point = quantize(torch.zeros(3, 4))
+    assert scale > 0 and (values == zero_point).all()
+    for bad in (math.nan, math.inf, -math.inf):
+        x = torch.ones(40_000)
+        x[39_999] = bad
+        assert not math.isfinite(quantize(x).scale)
+
+
+@pytest.mark.skipif(load_kernels() is None, reason="needs a C++ compiler")
+def test_the_compiled_pass_is_kept_and_a_damaged_one_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    load = load_kernels.__wrapped__
+    assert load() is not None
+    (library,) = tmp_path.rglob("*.so")
+    before = library.stat().st_mtime_ns
+    assert load() is not None and library.stat().st_mtime_ns == before, "made once"
+    damaged = tmp_path / "other" / "fastdiff" / library.name
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(b"no library")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    assert load() is not None and damaged.stat().st_size > 1000
+    assert not list(tmp_path.rglob(".*")), "nothing half made is left"
+
+
+@pytest.mark.parametrize("compiler", ["/does/not/exist", "false"])
+def test_without_a_compiler_that_works_the_operators_serve(compiler, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", compiler)
+    assert load_kernels.__wrapped__() is None
+
+
+@pytest.mark.skipif(load_kernels() is None, reason="needs a C++ compiler")
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path, monkeypatch):
+    (tmp_path / "fastdiff").write_text("in the way of the folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert load_kernels.__wrapped__() is not None
