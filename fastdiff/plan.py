@@ -26,7 +26,7 @@ from .graphs import GraphPool, apply_graphs, remove_graphs, why_no_graphs
 from .graphs.recording import CudaRecorder
 from .lossy.deep_cache import apply_deep_cache, remove_deep_cache
 from .lossy.guidance_interval import apply_guidance_interval
-from .models.attention import FastAttention, apply_fusion
+from .models.attention import FastAttention
 from .models.context import ContextKV
 from .models.memory_format import apply_channels_last
 from .models.offload import inner_offloading
@@ -135,24 +135,28 @@ class Plan:
         return PlanStep("channels_last", wanted, "convolutions" if wanted else _OFF.format("channels_last"))
 
     def _fuse(self) -> PlanStep:
-        name = "fuse_qkv"
-        if not self.config.fuse_qkv:
-            self._unfuse()
-            return PlanStep(name, False, _OFF.format(name))
-        fused = 0
+        name, fused, chosen = "fuse_qkv", 0, set()
         left: dict[str, int] = {}
-        for model in (*self.denoisers, *([self.vae] if isinstance(self.vae, FastAutoencoderKL) else [])):
-            model.fuse_qkv_projections()
-            in_model, left_in_model = apply_fusion(model, True)
+        for model in self._projecting():
+            wanted = self.config.fuse_qkv if model.fuse_choice is None else model.fuse_choice
+            in_model, left_in_model = model.want_fusion(wanted)
             fused, left = fused + in_model, {**left, **left_in_model}
+            chosen.add(model.fuse_choice)
+        if not fused and not self.config.fuse_qkv:
+            return PlanStep(name, False, _OFF.format(name))
+        if not fused and False in chosen:
+            return PlanStep(name, False, "separate by your call of unfuse_qkv_projections()")
         reason = f"{fused} self-attention layers" if fused else "no self-attention layer"
         for why, count in left.items():
             reason += f"; {count} separate: {why}"
         return PlanStep(name, fused > 0, reason)
 
     def _unfuse(self) -> None:
-        for model in (*self.denoisers, *([self.vae] if isinstance(self.vae, FastAutoencoderKL) else [])):
-            model.unfuse_qkv_projections()
+        for model in self._projecting():
+            model.want_fusion(False)
+
+    def _projecting(self) -> list:
+        return [*self.denoisers, *([self.vae] if isinstance(self.vae, FastAutoencoderKL) else [])]
 
     def _context_cache(self) -> PlanStep:
         for model in self.denoisers:

@@ -66,7 +66,7 @@ def apply_compilation(model: nn.Module, mode: str, device: str | None = None) ->
     """Compile a UNet, ControlNet or VAE in place. Nothing is compiled before the first call.
 
     Args:
-        mode: `"regional"`: each kind of block of `_repeated_blocks` is compiled once and serves all its instances, at
+        mode: `"regional"`: each kind of block of `region_names()` is compiled once and serves all its instances, at
             any size, number of samples and length of prompt, and on CPUs of any number of channels. `"full"`: the
             UNet's `denoise`, a ControlNet's `condition` and the VAE's decoder are one graph each, for the sizes of the
             first call.
@@ -176,12 +176,13 @@ def _own_code(function: Callable, number: int) -> Callable:
 
 
 def repeated_blocks(model: Any) -> list[nn.Module]:
-    """The outermost blocks of the classes named in `_repeated_blocks`."""
+    """The outermost blocks of the classes that a model names."""
     found: list[nn.Module] = []
+    names = model.region_names()
 
     def visit(module: nn.Module) -> None:
         for child in module.children():
-            if type(child).__name__ in model._repeated_blocks:
+            if type(child).__name__ in names:
                 found.append(child)
             else:
                 visit(child)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -36,7 +36,7 @@ class FastAttention(Attention):
     @property
     def is_fused(self) -> bool:
         """True while self-attention runs through `to_qkv`."""
-        return getattr(self, "to_qkv", None) is not None
+        return self._modules.get("to_qkv") is not None
 
     def why_not_fused(self) -> str | None:
         """The reason why this layer has to keep separate projections now, or None when it can be fused."""
@@ -53,6 +53,10 @@ class FastAttention(Attention):
                 part = part.get_base_layer()
             if type(part) is not nn.Linear:
                 return f"a projection is a {type(part).__name__}"
+            if not _is_plain(part.weight):
+                return "its weights are quantized"
+            if _is_hooked(part):
+                return "a projection has hooks"
             if part.weight.device.type == "meta":
                 return "its weights are not loaded"
         return None
@@ -80,6 +84,7 @@ class FastAttention(Attention):
             for name in _PARTS:
                 delattr(self, name)
         self.to_qkv = to_qkv
+        self.fused_projections = True
         return True
 
     @torch.no_grad()
@@ -87,8 +92,8 @@ class FastAttention(Attention):
         """Go back to separate `to_q`, `to_k`, `to_v`: views of the fused storage, no copy."""
         if not self.is_fused:
             return
-        if not hasattr(self, "to_q"):
-            if type(self.to_qkv.weight.data) is not torch.Tensor:
+        if "to_q" not in self._modules:
+            if not _is_plain(self.to_qkv.weight):
                 raise ValueError(
                     "These projections are fused and quantized, and cannot be taken apart: unfuse them, or load what "
                     "needs them separate, before the first call, or use quantization='none'."
@@ -103,6 +108,7 @@ class FastAttention(Attention):
                     part.bias = nn.Parameter(bias, requires_grad=self.to_qkv.bias.requires_grad)
                 setattr(self, name, part.train(self.training))
         del self.to_qkv
+        self.fused_projections = False
 
     def fuse_projections(self, fuse: bool = True) -> None:
         """Upstream's hook, called by `fuse_qkv_projections()`: the same result without the second copy."""
@@ -110,6 +116,9 @@ class FastAttention(Attention):
 
     def set_processor(self, processor) -> None:
         """Set a processor. One that fastdiff does not own gets back the separate projections that it expects."""
+        if type(processor) is FusedAttnProcessor2_0:
+            # diffusers' own over fused projections; on cross-attention it wants a second copy of keys and values.
+            processor = FusedQKVAttnProcessor()
         if not isinstance(processor, FusedQKVAttnProcessor):
             self.unfuse()
         super().set_processor(processor)
@@ -117,7 +126,7 @@ class FastAttention(Attention):
     def _apply(self, fn, recurse: bool = True):
         # Moving or casting copies each parameter on its own. Where a merged LoRA keeps `to_q` beside `to_qkv`, the
         # shared storage has to be made again, or unmerging would write into a copy that nobody reads.
-        shared = self.is_fused and hasattr(self, "to_q")
+        shared = self.is_fused and "to_q" in self._modules
         result = super()._apply(fn, recurse)
         if shared:
             del self.to_qkv
@@ -126,7 +135,13 @@ class FastAttention(Attention):
 
     def _parts(self) -> list[Any]:
         """The separate projections; none when `to_qkv` has taken their place."""
-        return [getattr(self, name) for name in _PARTS if hasattr(self, name)]
+        return [self._modules[name] for name in _PARTS if name in self._modules]
+
+    def __getattr__(self, name: str):
+        # Code that asks for a projection by its stock name gets it; the plan fuses anew before the next picture.
+        if name in _PARTS and self.is_fused and _is_plain(self.to_qkv.weight):
+            self.unfuse()
+        return super().__getattr__(name)
 
 
 def convert_attention(module: nn.Module, processor: FusedQKVAttnProcessor) -> None:
@@ -162,6 +177,16 @@ def _attentions(module: nn.Module) -> Iterator[Attention]:
     return (child for child in module.modules() if isinstance(child, Attention))
 
 
+def _is_plain(weight: torch.Tensor) -> bool:
+    """Whether a weight holds its own numbers, and not those of a quantized one."""
+    return type(weight.data) is torch.Tensor and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
+
+
+def _is_hooked(layer: nn.Linear) -> bool:
+    """Whether somebody wants to see, or changes, what this layer alone computes."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
+
+
 def _shared(params: list[nn.Parameter]) -> nn.Parameter:
     """One parameter over the storage of `params`, joined along dimension 0, each of which becomes a view of it.
 
@@ -186,7 +211,7 @@ def _shared(params: list[nn.Parameter]) -> nn.Parameter:
 def _split_saved_keys(attn: FastAttention, state_dict: dict, prefix: str, local_metadata: dict) -> None:
     for kind in ("weight", "bias"):
         joined = state_dict.pop(f"{prefix}to_qkv.{kind}", None)
-        if joined is not None and not hasattr(attn, "to_q"):
+        if joined is not None and "to_q" not in attn._modules:
             for name, part in zip(_PARTS, joined.chunk(3), strict=True):
                 state_dict[f"{prefix}{name}.{kind}"] = part
 
@@ -194,7 +219,7 @@ def _split_saved_keys(attn: FastAttention, state_dict: dict, prefix: str, local_
 def _fuse_loaded_keys(attn: FastAttention, state_dict: dict, prefix: str, *args) -> None:
     if not attn.is_fused:
         return
-    merged = hasattr(attn, "to_q")
+    merged = "to_q" in attn._modules
     for kind in ("weight", "bias"):
         if getattr(attn.to_qkv, kind) is None:
             continue

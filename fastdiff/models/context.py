@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,14 @@ from diffusers.models.attention_processor import Attention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..identity import stands_in_for
+
 # On CPUs attention over 77 tokens takes up to twice the time of attention over 80: its kernels work in vectors of 16.
 _CPU_VECTOR = 16
+
+_STOCK_FORWARD = BasicTransformerBlock.forward
+# What stands beside a `forward` of a block that only wraps its own: of our compiler, accelerate, diffusers.
+_OWN_FORWARDS = ("_compiled_method", "_hf_hook", "_diffusers_hook")
 
 
 class ContextKV(NamedTuple):
@@ -59,21 +66,24 @@ class ContextCache:
     cache, never overwritten.
 
     Args:
-        layers: the cross-attention modules (`attn2`), in the order of the returned tuple.
+        blocks: the transformer blocks with cross-attention, in the order of the returned tuple.
     """
 
     MAX_ENTRIES = 4
 
-    def __init__(self, layers: list[Attention]):
-        self.layers = layers
+    def __init__(self, blocks: list[FastTransformerBlock]):
+        self.blocks = blocks
+        self.layers = [block.attn2 for block in blocks]
         self.enabled = True
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __deepcopy__(self, memo: dict) -> ContextCache:
-        fresh = ContextCache(copy.deepcopy(self.layers, memo))
-        fresh.enabled = self.enabled
-        return fresh
+    def __getstate__(self) -> dict:
+        # A copy makes its own keys and values.
+        return {"blocks": self.blocks, "layers": self.layers, "enabled": self.enabled}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _entries=OrderedDict(), _lock=threading.Lock())
 
     @property
     def nbytes(self) -> int:
@@ -112,7 +122,7 @@ class ContextCache:
             return False
         if torch.is_grad_enabled() and (context.requires_grad or any(map(_needs_grad, self.layers))):
             return False
-        return all(map(_is_plain, self.layers))
+        return all(map(_is_plain, self.layers)) and all(map(_takes_keys, self.blocks))
 
     def _find(self, context: torch.Tensor) -> _Entry:
         for key, entry in self._entries.items():
@@ -153,6 +163,25 @@ def _rounded_up(key: torch.Tensor, value: torch.Tensor) -> ContextKV:
     return ContextKV(F.pad(key, (0, 0, 0, extra)), F.pad(value, (0, 0, 0, extra)), mask)
 
 
+@stands_in_for(BasicTransformerBlock)
+class FastTransformerBlock(BasicTransformerBlock):
+    """diffusers' `BasicTransformerBlock`, which picks its own layer's keys and values out of those of all layers.
+
+    It does so outside of compiled code, also of the user's, so that one graph serves all blocks.
+    """
+
+    context_index: int
+
+    def compile(self, *args, **kwargs) -> None:
+        """As `torch.nn.Module.compile`."""
+        super().compile(*args, **kwargs)
+        self._compiled_call_impl = functools.partial(self._call_compiled, self._compiled_call_impl)
+
+    def _call_compiled(self, compiled: Callable, *args, **kwargs):
+        _, kwargs = _select_layer(self, args, kwargs) or (args, kwargs)
+        return compiled(*args, **kwargs)
+
+
 def attach_context_cache(model: nn.Module) -> ContextCache:
     """Build the context cache of a model and let its transformer blocks pick their own layer's keys and values.
 
@@ -162,18 +191,34 @@ def attach_context_cache(model: nn.Module) -> ContextCache:
     blocks = [m for m in model.modules() if isinstance(m, BasicTransformerBlock) and m.attn2 is not None]
     blocks = [block for block in blocks if block.attn2.is_cross_attention]
     for index, block in enumerate(blocks):
-        block.context_index = index
-        block.register_forward_pre_hook(_select_layer, with_kwargs=True)
-    return ContextCache([block.attn2 for block in blocks])
+        if type(block) is BasicTransformerBlock:
+            block.__class__ = FastTransformerBlock
+            block.context_index = index
+            block.register_forward_pre_hook(_select_layer, with_kwargs=True)
+    return ContextCache([block for block in blocks if isinstance(block, FastTransformerBlock)])
 
 
-def _select_layer(block: BasicTransformerBlock, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def select_before_compiled(compiled: nn.Module) -> None:
+    """As `FastTransformerBlock.compile`, for what `torch.compile(block)` returned."""
+    block = getattr(compiled, "_orig_mod", None)
+    if isinstance(block, FastTransformerBlock) and "_selects_layer" not in compiled.__dict__:
+        compiled.__dict__["_selects_layer"] = compiled.register_forward_pre_hook(_select_layer, with_kwargs=True)
+
+
+def _select_layer(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     contexts = kwargs.get("encoder_hidden_states")
     # An IP-Adapter brings a tuple too: the text context beside those of the images.
     if type(contexts) is tuple and isinstance(contexts[0], ContextKV):
         kwargs = {**kwargs, "encoder_hidden_states": contexts[block.context_index]}
         return args, kwargs
     return None
+
+
+def _takes_keys(block: FastTransformerBlock) -> bool:
+    """Whether a block does what diffusers' does, and not what somebody put in its place, who expects the context."""
+    if type(block).forward is not _STOCK_FORWARD:
+        return False
+    return "forward" not in block.__dict__ or any(name in block.__dict__ for name in _OWN_FORWARDS)
 
 
 def _is_plain(attn: Attention) -> bool:

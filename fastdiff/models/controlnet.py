@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import ControlNetModel
@@ -11,15 +12,15 @@ from diffusers.models.controlnets.controlnet import ControlNetOutput
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
 from ..identity import stands_in_for
-from .attention import convert_attention
-from .context import attach_context_cache
+from .base import FastModelMixin, hoist
+from .context import ContextCache, attach_context_cache
 from .conversion import share_weights
-from .processor import FusedQKVAttnProcessor
-from .projections import FusedProjectionsMixin
+from .outputs import answers_by_name
 
 _MAX_SHAPES, _MAX_TIMESTEPS = 16, 4096
 
 
+@answers_by_name
 class ControlNetResiduals(NamedTuple):
     """What the fast ControlNet returns: a tuple of two, whose elements also go by their stock names."""
 
@@ -28,8 +29,8 @@ class ControlNetResiduals(NamedTuple):
 
 
 @stands_in_for(ControlNetModel)
-class FastControlNetModel(FusedProjectionsMixin, ControlNetModel):
-    """A ControlNet for SDXL, equal to the stock one within rounding. Made with `from_stock`.
+class FastControlNetModel(FastModelMixin, ControlNetModel):
+    """A ControlNet for SDXL, equal to the stock one within rounding; made as a stock one is, or with `from_stock`.
 
     Three things leave the step: keys and values of the prompt (a context cache of its own), the copy of the timestep
     to the device, and all of it in the steps before `control_guidance_start` and after `control_guidance_end`, in
@@ -37,7 +38,13 @@ class FastControlNetModel(FusedProjectionsMixin, ControlNetModel):
     stock output object. Weights, state-dict keys and `save_pretrained` are those of `ControlNetModel`.
     """
 
-    _repeated_blocks = ["BasicTransformerBlock", "ResnetBlock2D", "Downsample2D"]
+    _repeated_blocks = ["BasicTransformerBlock"]
+    _regions = ("BasicTransformerBlock", "ResnetBlock2D", "Downsample2D")
+
+    @functools.wraps(ControlNetModel.__init__)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._make_fast()
 
     @classmethod
     def from_stock(cls, controlnet: ControlNetModel) -> FastControlNetModel:
@@ -48,21 +55,12 @@ class FastControlNetModel(FusedProjectionsMixin, ControlNetModel):
         """
         if isinstance(controlnet, cls):
             return controlnet
-        fast = share_weights(controlnet, ControlNetModel, cls)
-        convert_attention(fast, FusedQKVAttnProcessor())
-        fast.context_cache = attach_context_cache(fast)
-        fast._timesteps, fast._silent_shapes = {}, OrderedDict()
-        return fast
+        return share_weights(controlnet, ControlNetModel, cls)
 
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs) -> FastControlNetModel:
-        """Load a ControlNet as the stock class does, and make it fast."""
-        return cls.from_stock(ControlNetModel.from_pretrained(*args, **kwargs))
-
-    @classmethod
-    def from_unet(cls, unet, *args, **kwargs) -> FastControlNetModel:
-        """As upstream: a new ControlNet with the weights of a UNet's encoder."""
-        return cls.from_stock(ControlNetModel.from_unet(unet, *args, **kwargs))
+    def _make_fast(self) -> None:
+        super()._make_fast()
+        self.context_cache: ContextCache = attach_context_cache(self)
+        self._timesteps, self._silent_shapes = {}, OrderedDict()
 
     def forward(
         self,
@@ -71,9 +69,13 @@ class FastControlNetModel(FusedProjectionsMixin, ControlNetModel):
         encoder_hidden_states: torch.Tensor,
         controlnet_cond: torch.Tensor,
         conditioning_scale: float = 1.0,
-        *args,
+        class_labels: torch.Tensor | None = None,
+        timestep_cond: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guess_mode: bool = False,
         return_dict: bool = False,
-        **kwargs,
     ) -> ControlNetResiduals | ControlNetOutput:
         """Compute the residuals for the UNet. Arguments and meaning as in `ControlNetModel.forward`.
 
@@ -83,26 +85,47 @@ class FastControlNetModel(FusedProjectionsMixin, ControlNetModel):
             conditioning_scale: factor of the residuals. With 0.0 they are zeros and nothing is computed.
             return_dict: False returns a tuple, True the stock output object.
         """
-        kind = (sample.shape, sample.dtype, sample.device)
-        if conditioning_scale == 0.0 and kind in self._silent_shapes:
-            down, mid = self._silence(kind)
+        rest = (class_labels, timestep_cond, attention_mask, added_cond_kwargs, cross_attention_kwargs, guess_mode)
+        if torch.compiler.is_compiling():
+            inputs = (sample, timestep, encoder_hidden_states, controlnet_cond, conditioning_scale, *rest)
+            down, mid = self.condition(*inputs, return_dict=False)
         else:
-            context = encoder_hidden_states
-            if self.config.addition_embed_type in (None, "text_time"):
-                context = self.context_cache.project(context)
-            timestep = self._on_device(timestep, sample.device)
-            # The scale is no part of the graph: its value would be compiled in.
-            inputs = (sample, timestep, context, controlnet_cond, 1.0, *args)
-            down, mid = self.condition(*inputs, return_dict=False, **kwargs)
-            if conditioning_scale != 1.0:
-                down, mid = [residual * conditioning_scale for residual in down], mid * conditioning_scale
-            self._remember_shapes(kind, [*down, mid])
+            inputs = (sample, *self._hoisted(sample, timestep, encoder_hidden_states), controlnet_cond)
+            down, mid = self._residuals(inputs, conditioning_scale, rest)
         result = ControlNetResiduals(list(down), mid)
         return ControlNetOutput(*result) if return_dict else result
+
+    def _residuals(self, inputs: tuple, scale: float, rest: tuple) -> tuple[list[torch.Tensor], torch.Tensor]:
+        sample = inputs[0]
+        kind = (sample.shape, sample.dtype, sample.device)
+        if scale == 0.0 and kind in self._silent_shapes:
+            return self._silence(kind)
+        # The scale is no part of the graph: its value would be compiled in.
+        down, mid = self.condition(*inputs, 1.0, *rest, return_dict=False)
+        if scale != 1.0:
+            down, mid = [residual * scale for residual in down], mid * scale
+        self._remember_shapes(kind, [*down, mid])
+        return down, mid
+
+    def _hoisted(self, sample: torch.Tensor, timestep: Any, context: Any) -> tuple[Any, Any]:
+        """Timestep and context of a call, looked up."""
+        if self.config.addition_embed_type in (None, "text_time"):
+            context = self.context_cache.project(context)
+        return self._on_device(timestep, sample.device), context
+
+    def prepare_call(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Replace the timestep and the context by what is looked up, outside of compiled code."""
+        if torch.compiler.is_compiling() or not self.has_own_forward():
+            return args, kwargs
+        return hoist(self._hoisted, args, kwargs)
 
     def condition(self, *args, **kwargs) -> tuple[list[torch.Tensor], torch.Tensor]:
         """The part of `forward` that runs on the device alone: what full-graph compilation takes."""
         return super().forward(*args, **kwargs)
+
+    def has_own_forward(self) -> bool:
+        """False where a subclass, or something that was put on this object, takes the arguments."""
+        return type(self).forward is FastControlNetModel.forward and "forward" not in self.__dict__
 
     def prepare_timesteps(self, timesteps: torch.Tensor, device: torch.device, dtype: torch.dtype) -> None:
         """Put the timesteps of a schedule on the device before the loop, in one copy.

@@ -24,18 +24,14 @@ def share_weights(module: nn.Module, stock: type[nn.Module], fast: type[M]) -> M
         fast: the subclass to make.
 
     Raises:
-        TypeError: if `module` is of another class, or is `fast` already.
+        TypeError: if `module` is of another class.
     """
     module = getattr(module, "_orig_mod", module)
-    if type(module) is not stock and isinstance(module, fast):
-        raise TypeError(
-            f"A {fast.__qualname__} wrapped by torch.compile cannot be converted again. Compile it in place with its "
-            "method compile(), or let the pipeline do it: fast=FastConfig(compile='regional') or 'full'."
-        )
     if type(module) is not stock:
         raise TypeError(f"{fast.__qualname__}.from_stock takes a {stock.__name__}, not a {type(module).__name__}.")
     kept = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
     twin: Any = copy.deepcopy(module, kept)
     twin.__class__ = fast
+    twin._make_fast()
     twin.shares_weights_with = weakref.ref(module)
     return twin

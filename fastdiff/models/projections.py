@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from .attention import apply_fusion
+from .processor import FusedQKVAttnProcessor
 
 # To a type checker the stock class that the mixin comes before, whatever it is.
 _Stock: Any = object
@@ -17,16 +20,42 @@ class FusedProjectionsMixin(_Stock):
     """
 
     _fuse_wanted = False
+    # What the user asked for, which the plan leaves as it is; None while nobody did.
+    fuse_choice: bool | None = None
+    original_attn_processors: dict | None = None
 
     def fuse_qkv_projections(self) -> None:
-        """Fuse every self-attention into one projection, without a second copy of the weights."""
+        """Fuse every self-attention into one projection, without a second copy of the weights.
+
+        As in stock, processors are replaced, and come back with `unfuse_qkv_projections`; those with weights of their
+        own (IP-Adapters) stay.
+
+        Raises:
+            ValueError: the model has added key and value projections.
+        """
+        before = self.attn_processors
+        if any("Added" in type(processor).__name__ for processor in before.values()):
+            raise ValueError("`fuse_qkv_projections()` is not supported for models having added KV projections.")
+        self.fuse_choice = True
+        if self.original_attn_processors is None:
+            self.original_attn_processors = before
+        ours = FusedQKVAttnProcessor()
         self._fuse_wanted = True
-        apply_fusion(self, True)
+        self.set_attn_processor({name: p if isinstance(p, nn.Module) else ours for name, p in before.items()})
 
     def unfuse_qkv_projections(self) -> None:
-        """Go back to separate projections."""
+        """Go back to separate projections, and to the processors from before fusing."""
+        self.fuse_choice = False
         self._fuse_wanted = False
-        apply_fusion(self, False)
+        if self.original_attn_processors is not None:
+            before, self.original_attn_processors = self.original_attn_processors, None
+            self.set_attn_processor(dict(before))
+        self.want_fusion(False)
+
+    def want_fusion(self, wanted: bool) -> tuple[int, dict[str, int]]:
+        """Fuse or unfuse by the plan; see `apply_fusion`. The user's choice is the caller's to ask for."""
+        self._fuse_wanted = wanted
+        return apply_fusion(self, wanted)
 
     def set_attn_processor(self, processor) -> None:
         """As upstream; layers that get back fastdiff's processor are fused again."""

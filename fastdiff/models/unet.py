@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -13,15 +14,16 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
 
 from ..identity import stands_in_for
-from .attention import FastAttention, apply_fusion, convert_attention
-from .context import attach_context_cache
+from .attention import FastAttention, apply_fusion
+from .base import FastModelMixin, hoist, prepare_compiled
+from .context import ContextCache, attach_context_cache
 from .conversion import share_weights
-from .processor import FusedQKVAttnProcessor
-from .projections import FusedProjectionsMixin
+from .outputs import answers_by_name
 
 _MAX_TIME_ROWS = 4096
 
 
+@answers_by_name
 class UNetSample(NamedTuple):
     """What the fast UNet returns: a tuple of one, whose element also goes by its stock name."""
 
@@ -29,18 +31,25 @@ class UNetSample(NamedTuple):
 
 
 @stands_in_for(UNet2DConditionModel)
-class FastUNet2DConditionModel(FusedProjectionsMixin, UNet2DConditionModel):
+class FastUNet2DConditionModel(FastModelMixin, UNet2DConditionModel):
     """SDXL's UNet, equal to the stock one within rounding.
 
-    Made with `from_stock`. `forward` resolves on the host what the graph needs not see: the row of the sinusoidal
-    time embedding, and the cross-attention keys and values of the prompt. What remains is one static region. It
-    returns a tuple by default; `return_dict=True` gives the stock output object.
+    Made as a stock one is, or with `from_stock`. `forward` resolves on the host what the graph needs not see: the row
+    of the sinusoidal time embedding, and the cross-attention keys and values of the prompt. What remains is one static
+    region. It returns a tuple by default; `return_dict=True` gives the stock output object. Compiled by the user, all
+    of it is one graph, but in calls of a fast pipeline, which looks both up before.
 
     Weights, state-dict keys and `save_pretrained` are those of `UNet2DConditionModel`. `revision` counts changes of
     adapters and processors, after which a plan has to be looked at again.
     """
 
-    _repeated_blocks = ["BasicTransformerBlock", "ResnetBlock2D", "Downsample2D", "Upsample2D"]
+    _repeated_blocks = ["BasicTransformerBlock"]
+    _regions = ("BasicTransformerBlock", "ResnetBlock2D", "Downsample2D", "Upsample2D")
+
+    @functools.wraps(UNet2DConditionModel.__init__)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._make_fast()
 
     @classmethod
     def from_stock(cls, unet: UNet2DConditionModel) -> FastUNet2DConditionModel:
@@ -55,22 +64,30 @@ class FastUNet2DConditionModel(FusedProjectionsMixin, UNet2DConditionModel):
         """
         if isinstance(unet, cls):
             return unet
-        fast = share_weights(unet, UNet2DConditionModel, cls)
-        convert_attention(fast, FusedQKVAttnProcessor())
-        fast.context_cache = attach_context_cache(fast)
-        fast._time_rows = OrderedDict()
-        fast._self_attentions = [m for m in fast.modules() if isinstance(m, FastAttention) and not m.is_cross_attention]
-        fast.revision = 0
-        return fast
+        return share_weights(unet, UNet2DConditionModel, cls)
+
+    def _make_fast(self) -> None:
+        super()._make_fast()
+        self.context_cache: ContextCache = attach_context_cache(self)
+        self._time_rows: OrderedDict[tuple, torch.Tensor] = OrderedDict()
+        self._self_attentions = [m for m in self.modules() if isinstance(m, FastAttention) and not m.is_cross_attention]
+        self.revision = 0
 
     def forward(
         self,
         sample: torch.Tensor,
         timestep: torch.Tensor | float | int,
         encoder_hidden_states: torch.Tensor,
-        *args,
+        class_labels: torch.Tensor | None = None,
+        timestep_cond: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
+        down_block_additional_residuals: tuple[torch.Tensor] | None = None,
+        mid_block_additional_residual: torch.Tensor | None = None,
+        down_intrablock_additional_residuals: tuple[torch.Tensor] | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
         return_dict: bool = False,
-        **kwargs,
     ) -> UNetSample | UNet2DConditionOutput:
         """Predict the noise. Arguments and meaning as in `UNet2DConditionModel.forward`.
 
@@ -81,17 +98,48 @@ class FastUNet2DConditionModel(FusedProjectionsMixin, UNet2DConditionModel):
             encoder_hidden_states: prompt embeddings, (batch, tokens, cross_attention_dim).
             return_dict: False returns a tuple, True the stock output object.
         """
+        embedding, context = timestep, encoder_hidden_states
+        if not torch.compiler.is_compiling():
+            embedding, context = self._hoisted(sample, timestep, encoder_hidden_states, cross_attention_kwargs)
+        (denoised,) = self.denoise(
+            sample,
+            embedding,
+            context,
+            class_labels=class_labels,
+            timestep_cond=timestep_cond,
+            attention_mask=attention_mask,
+            cross_attention_kwargs=cross_attention_kwargs,
+            added_cond_kwargs=added_cond_kwargs,
+            down_block_additional_residuals=down_block_additional_residuals,
+            mid_block_additional_residual=mid_block_additional_residual,
+            down_intrablock_additional_residuals=down_intrablock_additional_residuals,
+            encoder_attention_mask=encoder_attention_mask,
+            return_dict=False,
+        )
+        return UNet2DConditionOutput(sample=denoised) if return_dict else UNetSample(denoised)
+
+    def _hoisted(
+        self, sample: torch.Tensor, timestep: Any, context: Any, cross_attention_kwargs: dict | None
+    ) -> tuple[torch.Tensor, Any]:
+        """Time embedding and context of a call, looked up."""
         if self._fuse_wanted and getattr(self, "peft_config", None):
             # A pipeline's unfuse_lora() goes past the model and straight to the layers.
             changed = [attn for attn in self._self_attentions if attn.is_fused != attn.fuse()]
             self.revision += bool(changed)
-        context = encoder_hidden_states
+        if "_orig_mod" in self.__dict__:
+            prepare_compiled(self)  # made by accelerate's compile_regions, which compiles its blocks one by one
         if self._may_cache_context():
-            with self._scaled_adapters(kwargs.get("cross_attention_kwargs")):
-                context = self.context_cache.project(encoder_hidden_states)
-        embedding = self._time_embedding(sample, timestep)
-        (denoised,) = self.denoise(sample, embedding, context, *args, return_dict=False, **kwargs)
-        return UNet2DConditionOutput(sample=denoised) if return_dict else UNetSample(denoised)
+            with self._scaled_adapters(cross_attention_kwargs):
+                context = self.context_cache.project(context)
+        return self._time_embedding(sample, timestep), context
+
+    def prepare_call(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Replace the timestep and the context by what is looked up, outside of compiled code."""
+        is_ours = type(self).forward is FastUNet2DConditionModel.forward and "forward" not in self.__dict__
+        if torch.compiler.is_compiling() or not is_ours:
+            return args, kwargs
+        scales = kwargs.get("cross_attention_kwargs", args[6] if len(args) > 6 else None)
+        return hoist(lambda *inputs: self._hoisted(*inputs, scales), args, kwargs)
 
     def denoise(self, sample, time_embedding, context, *args, **kwargs) -> tuple[torch.Tensor]:
         """The part of `forward` that runs on the device alone: what full-graph compilation and capture take."""

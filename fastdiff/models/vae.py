@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -10,19 +11,20 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
 from ..identity import stands_in_for
-from .attention import convert_attention
+from .base import FastModelMixin
 from .conversion import share_weights
 from .finite import note_finite
-from .processor import FusedQKVAttnProcessor
-from .projections import FusedProjectionsMixin
+from .outputs import answers_by_name
 
 
+@answers_by_name
 class EncodedImage(NamedTuple):
     """What `encode` returns: a tuple of one, whose element also goes by its stock name."""
 
     latent_dist: DiagonalGaussianDistribution
 
 
+@answers_by_name
 class DecodedImage(NamedTuple):
     """What `decode` and `forward` return: a tuple of one, whose element also goes by its stock name."""
 
@@ -30,14 +32,20 @@ class DecodedImage(NamedTuple):
 
 
 @stands_in_for(AutoencoderKL)
-class FastAutoencoderKL(FusedProjectionsMixin, AutoencoderKL):
-    """SDXL's VAE, equal to the stock one within rounding. Made with `from_stock`.
+class FastAutoencoderKL(FastModelMixin, AutoencoderKL):
+    """SDXL's VAE, equal to the stock one within rounding; made as a stock one is, or with `from_stock`.
 
     `encode`, `decode` and `forward` return tuples by default; `return_dict=True` gives the stock output objects.
     Weights, state-dict keys and `save_pretrained` are those of `AutoencoderKL`.
     """
 
-    _repeated_blocks = ["ResnetBlock2D", "FastAttention", "Downsample2D", "Upsample2D"]
+    _repeated_blocks = ["Encoder", "Decoder"]
+    _regions = ("ResnetBlock2D", "FastAttention", "Downsample2D", "Upsample2D")
+
+    @functools.wraps(AutoencoderKL.__init__)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._make_fast()
 
     @classmethod
     def from_stock(cls, vae: AutoencoderKL) -> FastAutoencoderKL:
@@ -48,9 +56,7 @@ class FastAutoencoderKL(FusedProjectionsMixin, AutoencoderKL):
         """
         if isinstance(vae, cls):
             return vae
-        fast = share_weights(vae, AutoencoderKL, cls)
-        convert_attention(fast, FusedQKVAttnProcessor())
-        return fast
+        return share_weights(vae, AutoencoderKL, cls)
 
     def encode(self, x: torch.Tensor, return_dict: bool = False) -> EncodedImage | AutoencoderKLOutput:
         """Encode images, (batch, 3, height, width) in [-1, 1], to a distribution over latents."""
@@ -61,7 +67,8 @@ class FastAutoencoderKL(FusedProjectionsMixin, AutoencoderKL):
         self, z: torch.Tensor, return_dict: bool = False, generator: torch.Generator | None = None
     ) -> DecodedImage | DecoderOutput:
         """Decode unscaled latents, (batch, latent_channels, height / 8, width / 8), to images in [-1, 1]."""
-        note_finite("latents", z)
+        if not torch.compiler.is_compiling():
+            note_finite("latents", z)
         output = super().decode(z, return_dict=True, generator=generator)
         return output if return_dict else DecodedImage(output.sample)
 

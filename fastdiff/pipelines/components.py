@@ -6,6 +6,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from ..config import FastConfig
 from ..models import FastAutoencoderKL, FastUNet2DConditionModel, convert_controlnet
+from ..models.base import FastModelMixin, compiled_as, prepare_compiled, unwrapped
 from ..schedulers import fast_scheduler
 from ..weights import check_scheme
 
@@ -16,7 +17,7 @@ def check_components(pipeline_class: type, components: dict) -> None:
     Raises:
         ValueError: the UNet lacks SDXL's text-and-time conditioning.
     """
-    unet = components.get("unet")
+    unet = unwrapped(components.get("unet"))
     if isinstance(unet, UNet2DConditionModel) and unet.config.addition_embed_type != "text_time":
         raise ValueError(
             f"{pipeline_class.__qualname__} needs an SDXL UNet (addition_embed_type='text_time'), "
@@ -26,6 +27,9 @@ def check_components(pipeline_class: type, components: dict) -> None:
 
 def convert_component(name: str, component, config: FastConfig):
     """Return the fast twin of a pipeline component, over the same weights, or the component itself.
+
+    A fast model that the user has compiled stays as it is, and a stock one is compiled anew as it was. A class of the
+    user's own is left alone.
 
     Args:
         name: the component's name in the pipeline (`"unet"`, `"vae"`, `"scheduler"`, ...).
@@ -37,9 +41,12 @@ def convert_component(name: str, component, config: FastConfig):
         check_scheme(component, config.quantization)
     if config.is_off or component is None:
         return component
-    if name == "unet":
-        return FastUNet2DConditionModel.from_stock(component)
-    if name == "vae" and type(component) in (AutoencoderKL, FastAutoencoderKL):
+    if isinstance(unwrapped(component), FastModelMixin):
+        prepare_compiled(component)
+        return component
+    if name == "unet" and type(unwrapped(component)) is UNet2DConditionModel:
+        return compiled_as(component, FastUNet2DConditionModel.from_stock(component))
+    if name == "vae" and type(component) is AutoencoderKL:
         return FastAutoencoderKL.from_stock(component)
     if name == "controlnet":
         return convert_controlnet(component)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,23 @@ from .components import convert_component
 
 # To a type checker the stock class that the mixin comes before.
 _Stock: Any = object
+# The configuration of the pipeline that is being loaded: a subclass's constructor need not know of it.
+_loading: ContextVar[FastConfig | None] = ContextVar("fastdiff_loading", default=None)
+
+
+def loading_config() -> FastConfig | None:
+    """The configuration of the pipeline that is being loaded now, or None."""
+    return _loading.get()
+
+
+@contextmanager
+def _loading_with(config: FastConfig) -> Iterator[None]:
+    token = _loading.set(config)
+    try:
+        yield
+    finally:
+        _loading.reset(token)
+
 
 
 class FastLoadingMixin(_Stock):
@@ -52,7 +72,8 @@ class FastLoadingMixin(_Stock):
         artifacts = read_artifacts(compiled)
         _choose_dtype(config, kwargs)
         _load_quantized(pretrained_model_name_or_path, config, kwargs)
-        pipe = super().from_pretrained(pretrained_model_name_or_path, fast=config, **kwargs)
+        with _loading_with(config):
+            pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         pipe._artifacts = artifacts
         return pipe
 
@@ -82,7 +103,8 @@ class FastLoadingMixin(_Stock):
         checkpoints.check_single_file(pretrained_model_link_or_path)
         artifacts = read_artifacts(compiled)
         _choose_dtype(config, kwargs)
-        pipe = super().from_single_file(str(pretrained_model_link_or_path), fast=config, **kwargs)
+        with _loading_with(config):
+            pipe = super().from_single_file(str(pretrained_model_link_or_path), **kwargs)
         pipe._artifacts = artifacts
         return pipe
 
@@ -125,7 +147,7 @@ class FastLoadingMixin(_Stock):
         required, options = cls._get_signature_keys(cls)
         source = {**pipeline.config, **pipeline.components}
         arguments = {name: source[name] for name in [*required, *options] if name in source}
-        arguments.update(kwargs, fast=fast)
+        arguments.update(kwargs)
         unet: Any = arguments.get("unet")
         if type(unet) is UNet2DConditionModel and (hasattr(unet, "_hf_hook") or inner_offloading(unet)):
             raise ValueError(
@@ -136,7 +158,8 @@ class FastLoadingMixin(_Stock):
         if missing:
             listed = ", ".join(missing)
             raise ValueError(f"{cls.__qualname__}.from_pipe: pass {listed}; {type(pipeline).__name__} has none.")
-        made = cls(**arguments)
+        with _loading_with(FastConfig.resolve(fast)):
+            made = cls(**arguments)
         made._artifacts = artifacts
         made.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
         if isinstance(pipeline, FastLoadingMixin) and made.scheduler is pipeline.scheduler:

@@ -8,6 +8,7 @@ import inspect
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..models.finite import FiniteCheck, NonFiniteError
 from ..models.unet import FastUNet2DConditionModel
 from ..plan import Plan, PlanStep, format_plan, weights_state
 from .components import check_components, convert_component
-from .loading import FastLoadingMixin
+from .loading import FastLoadingMixin, loading_config
 from .postprocess import FastImageProcessor
 from .prompts import encode_together
 from .warmup import WarmupMixin
@@ -44,6 +45,18 @@ class _Calls:
         return _Calls, ()
 
 
+# Methods that show the arguments of their stock class, which callers and `inspect` ask for.
+_SHOWN_AS_STOCK = ("__call__", "encode_prompt", "prepare_extra_step_kwargs")
+
+
+def _with_signature(method: Callable, stock: Callable) -> Callable:
+    @functools.wraps(stock)
+    def wrapped(self, *args, **kwargs):
+        return method(self, *args, **kwargs)
+
+    return wrapped
+
+
 class FastPipelineMixin(WarmupMixin, FastLoadingMixin):
     """What every fast SDXL pipeline adds to its stock class: the `fast` argument, the plan and thread safety.
 
@@ -54,9 +67,11 @@ class FastPipelineMixin(WarmupMixin, FastLoadingMixin):
 
     def __init_subclass__(cls: Any, **kwargs):
         super().__init_subclass__(**kwargs)
+        if FastPipelineMixin not in cls.__bases__:
+            return  # a user's own subclass, whose methods are its own
         # diffusers reads the constructor's signature to tell components from options; the subclass shows that of
         # its stock class with `fast` added.
-        stock_init: Any = next(base.__init__ for base in cls.__mro__[1:] if not issubclass(FastPipelineMixin, base))
+        stock_init: Any = super().__init__
         signature = inspect.signature(stock_init)
         option = inspect.Parameter(
             "fast", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="FastConfig | str | None"
@@ -64,7 +79,7 @@ class FastPipelineMixin(WarmupMixin, FastLoadingMixin):
 
         @functools.wraps(stock_init)
         def __init__(self, *args, fast: FastConfig | str | None = None, **components):
-            config = FastConfig.resolve(fast)
+            config = FastConfig.resolve(loading_config() if fast is None else fast)
             bound = signature.bind(self, *args, **components)
             check_components(type(self), bound.arguments)
             for name, component in list(bound.arguments.items()):
@@ -75,13 +90,9 @@ class FastPipelineMixin(WarmupMixin, FastLoadingMixin):
         parameters = [*signature.parameters.values(), option]
         __init__.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # for `inspect`
         cls.__init__ = __init__
-
-        @functools.wraps(super(FastPipelineMixin, cls).__call__)
-        def __call__(self, *args, **kwargs):
-            return FastPipelineMixin.__call__(self, *args, **kwargs)
-
-        # So that the call, too, shows the arguments of its stock class.
-        cls.__call__ = __call__
+        for name in _SHOWN_AS_STOCK:
+            stock_method = getattr(super(), name)
+            setattr(cls, name, _with_signature(getattr(FastPipelineMixin, name), stock_method))
 
     def _init_fast(self, config: FastConfig) -> None:
         self.fast_config = config

@@ -76,20 +76,9 @@ class HostSchedule:
         """Bring a timestep given on the device to the host. That waits, as any reading of it would."""
         return timestep.cpu() if isinstance(timestep, torch.Tensor) else timestep
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # pickle finds classes by name, and the name is the stock one.
-        if type(self) is not FAST_CLASSES.get(self._stock):
-            return super().__reduce_ex__(protocol)
-        return _blank_twin, (self._stock,), self.__dict__
-
 
 FAST_CLASSES: dict[type, Any] = {}
 """Each stock class with its fast class, filled by `keeps_schedule_on_host`."""
-
-
-def _blank_twin(stock: type) -> HostSchedule:
-    twin = FAST_CLASSES[stock]
-    return twin.__new__(twin)
 
 
 def keeps_schedule_on_host(stock: type[SchedulerMixin]) -> Callable[[T], T]:

@@ -97,7 +97,7 @@ def _pack_linears(transformer: Transformer2DModel) -> None:
         if isinstance(module, BaseTunerLayer):
             # Adapters are small and get edited; what they wrap is not.
             dormant.update(id(child) for child in module.modules() if child is not module.get_base_layer())
-        elif hasattr(module, "to_qkv") and hasattr(module, "to_q"):
+        elif {"to_qkv", "to_q"} <= module._modules.keys():
             # With a merged LoRA the parts stay beside the fused projection, over its storage.
             dormant.update(id(child) for name in _QKV for child in getattr(module, name).modules())
     for name, module in list(transformer.named_modules()):

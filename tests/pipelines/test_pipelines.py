@@ -209,7 +209,9 @@ def test_from_pipe_and_from_stock_take_the_right_things(stock):
         FastUNet2DConditionModel.from_stock(stock.vae)
 
 
-def test_a_compiled_fast_unet_is_refused_with_the_way_out():
+def test_a_compiled_fast_unet_stays_what_it_is(stock, assert_close):
     pipe = load_fast("exact")
-    with pytest.raises(TypeError, match=r"compile\(\)"):
-        pipe.unet = torch.compile(pipe.unet)
+    compiled = torch.compile(pipe.unet, backend="eager", fullgraph=True)
+    pipe.unet = compiled
+    assert pipe.unet is compiled
+    assert_close(draw(pipe), draw(stock))
