@@ -6,12 +6,12 @@ import copyreg
 import functools
 from collections.abc import Callable
 from importlib import import_module
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T", bound=type)
 
 
-class _StandIn(type):
+class StandIn(type):
     """The metaclass of a class that stands in: it compares equal to the class that it replaces.
 
     `from_pipe` of stock pipelines takes over the components whose `type()` is in the list that it expects, and
@@ -36,25 +36,24 @@ def stands_in_for(stock: type) -> Callable[[T], T]:
     resolves subclasses by their bases.
 
     Args:
-        stock: the diffusers class; the decorated class must derive from it.
+        stock: the diffusers class; the decorated class must derive from it, and have the metaclass `StandIn`.
 
     Raises:
         TypeError: if the decorated class does not derive from `stock`.
     """
 
-    def rename(cls: T) -> T:
+    def rename(cls: Any) -> Any:
         if not issubclass(cls, stock):
             raise TypeError(f"{cls.__qualname__} must derive from {stock.__name__} to stand in for it.")
         cls._home, cls._replaces = cls.__module__, stock
         cls.__name__ = stock.__name__
         cls.__module__ = stock.__module__
-        cls.__class__ = _StandIn
         return cls
 
     return rename
 
 
-def _find(home: str, name: str) -> type:
+def _find(home: str, name: str) -> Any:
     return functools.reduce(getattr, name.split("."), import_module(home))
 
 
@@ -64,4 +63,4 @@ def _pickle_class(cls: type) -> str | tuple:
 
 
 # pickle finds classes by name, and the name is the stock one.
-copyreg.pickle(_StandIn, _pickle_class)
+copyreg.pickle(StandIn, _pickle_class)

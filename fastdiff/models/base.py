@@ -9,13 +9,14 @@ from typing import Any
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
 
+from ..identity import StandIn
 from .attention import apply_fusion, convert_attention
 from .context import select_before_compiled
 from .processor import FusedQKVAttnProcessor
 from .projections import FusedProjectionsMixin
 
 
-class FastModelMixin(FusedProjectionsMixin):
+class FastModelMixin(FusedProjectionsMixin, metaclass=StandIn):
     """Mixed in before a stock model class, whose constructor is to end in `_make_fast`."""
 
     # Class names of the blocks that fastdiff compiles; `_repeated_blocks` are those of diffusers' own method.
@@ -23,7 +24,7 @@ class FastModelMixin(FusedProjectionsMixin):
 
     def region_names(self) -> list[str] | tuple[str, ...]:
         """The blocks to compile one by one: the user's own `_repeated_blocks`, where there is one, or else ours."""
-        named = next(cls for cls in type(self).__mro__ if "_regions" in cls.__dict__)
+        named: Any = next(cls for cls in type(self).__mro__ if "_regions" in cls.__dict__)
         return self._regions if self._repeated_blocks is named._repeated_blocks else self._repeated_blocks
 
     @staticmethod
@@ -42,7 +43,8 @@ class FastModelMixin(FusedProjectionsMixin):
     def compile(self, *args, **kwargs) -> None:
         """As `torch.nn.Module.compile`; what does not change between steps stays outside of the compiled code."""
         super().compile(*args, **kwargs)
-        self._compiled_call_impl = functools.partial(self._call_compiled, self._compiled_call_impl)
+        compiled = self.__dict__["_compiled_call_impl"]
+        self._compiled_call_impl = functools.partial(self._call_compiled, compiled)
 
     def _call_compiled(self, compiled: Callable, *args, **kwargs):
         args, kwargs = self.prepare_call(args, kwargs)
@@ -102,5 +104,5 @@ def compiled_as(component: nn.Module, model: FastModelMixin) -> nn.Module:
     return compiled
 
 
-def _prepare(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _prepare(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return module._orig_mod.prepare_call(args, kwargs)

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from diffusers.models.attention_processor import Attention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..identity import stands_in_for
+from ..identity import StandIn, stands_in_for
 
 # On CPUs attention over 77 tokens takes up to twice the time of attention over 80: its kernels work in vectors of 16.
 _CPU_VECTOR = 16
@@ -164,7 +164,7 @@ def _rounded_up(key: torch.Tensor, value: torch.Tensor) -> ContextKV:
 
 
 @stands_in_for(BasicTransformerBlock)
-class FastTransformerBlock(BasicTransformerBlock):
+class FastTransformerBlock(BasicTransformerBlock, metaclass=StandIn):
     """diffusers' `BasicTransformerBlock`, which picks its own layer's keys and values out of those of all layers.
 
     It does so outside of compiled code, also of the user's, so that one graph serves all blocks.
@@ -175,7 +175,8 @@ class FastTransformerBlock(BasicTransformerBlock):
     def compile(self, *args, **kwargs) -> None:
         """As `torch.nn.Module.compile`."""
         super().compile(*args, **kwargs)
-        self._compiled_call_impl = functools.partial(self._call_compiled, self._compiled_call_impl)
+        compiled = self.__dict__["_compiled_call_impl"]
+        self._compiled_call_impl = functools.partial(self._call_compiled, compiled)
 
     def _call_compiled(self, compiled: Callable, *args, **kwargs):
         _, kwargs = _select_layer(self, args, kwargs) or (args, kwargs)
@@ -205,7 +206,7 @@ def select_before_compiled(compiled: nn.Module) -> None:
         compiled.__dict__["_selects_layer"] = compiled.register_forward_pre_hook(_select_layer, with_kwargs=True)
 
 
-def _select_layer(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def _select_layer(block: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     contexts = kwargs.get("encoder_hidden_states")
     # An IP-Adapter brings a tuple too: the text context beside those of the images.
     if type(contexts) is tuple and isinstance(contexts[0], ContextKV):

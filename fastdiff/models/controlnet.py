@@ -41,7 +41,7 @@ class FastControlNetModel(FastModelMixin, ControlNetModel):
     _repeated_blocks = ["BasicTransformerBlock"]
     _regions = ("BasicTransformerBlock", "ResnetBlock2D", "Downsample2D")
 
-    @functools.wraps(ControlNetModel.__init__)
+    @functools.wraps(ControlNetModel.__init__)  # type: ignore[misc]  # for `inspect`, which diffusers asks
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._make_fast()
@@ -60,7 +60,8 @@ class FastControlNetModel(FastModelMixin, ControlNetModel):
     def _make_fast(self) -> None:
         super()._make_fast()
         self.context_cache: ContextCache = attach_context_cache(self)
-        self._timesteps, self._silent_shapes = {}, OrderedDict()
+        self._timesteps: dict[tuple, torch.Tensor] = {}
+        self._silent_shapes: OrderedDict[tuple, list[tuple]] = OrderedDict()
 
     def forward(
         self,
@@ -87,8 +88,8 @@ class FastControlNetModel(FastModelMixin, ControlNetModel):
         """
         rest = (class_labels, timestep_cond, attention_mask, added_cond_kwargs, cross_attention_kwargs, guess_mode)
         if torch.compiler.is_compiling():
-            inputs = (sample, timestep, encoder_hidden_states, controlnet_cond, conditioning_scale, *rest)
-            down, mid = self.condition(*inputs, return_dict=False)
+            inputs = (sample, timestep, encoder_hidden_states, controlnet_cond)
+            down, mid = self.condition(*inputs, conditioning_scale, *rest, return_dict=False)
         else:
             inputs = (sample, *self._hoisted(sample, timestep, encoder_hidden_states), controlnet_cond)
             down, mid = self._residuals(inputs, conditioning_scale, rest)

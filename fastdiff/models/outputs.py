@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
-T = TypeVar("T", bound=type)
+from typing import Any
 
 
-def answers_by_name(cls: T) -> T:
+def answers_by_name(cls: Any) -> Any:
     """Class decorator for a `NamedTuple`: add the ways in which a diffusers output object is read.
 
     `output["sample"]`, `keys()`, `values()`, `items()` and `to_tuple()`, beside `output.sample` and `output[0]`, which

@@ -46,7 +46,7 @@ class FastUNet2DConditionModel(FastModelMixin, UNet2DConditionModel):
     _repeated_blocks = ["BasicTransformerBlock"]
     _regions = ("BasicTransformerBlock", "ResnetBlock2D", "Downsample2D", "Upsample2D")
 
-    @functools.wraps(UNet2DConditionModel.__init__)
+    @functools.wraps(UNet2DConditionModel.__init__)  # type: ignore[misc]  # for `inspect`, which diffusers asks
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._make_fast()
@@ -139,7 +139,7 @@ class FastUNet2DConditionModel(FastModelMixin, UNet2DConditionModel):
         if torch.compiler.is_compiling() or not is_ours:
             return args, kwargs
         scales = kwargs.get("cross_attention_kwargs", args[6] if len(args) > 6 else None)
-        return hoist(lambda *inputs: self._hoisted(*inputs, scales), args, kwargs)
+        return hoist(functools.partial(self._hoisted, cross_attention_kwargs=scales), args, kwargs)
 
     def denoise(self, sample, time_embedding, context, *args, **kwargs) -> tuple[torch.Tensor]:
         """The part of `forward` that runs on the device alone: what full-graph compilation and capture take."""

@@ -42,7 +42,7 @@ class FastAutoencoderKL(FastModelMixin, AutoencoderKL):
     _repeated_blocks = ["Encoder", "Decoder"]
     _regions = ("ResnetBlock2D", "FastAttention", "Downsample2D", "Upsample2D")
 
-    @functools.wraps(AutoencoderKL.__init__)
+    @functools.wraps(AutoencoderKL.__init__)  # type: ignore[misc]  # for `inspect`, which diffusers asks
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._make_fast()

@@ -18,6 +18,7 @@ from diffusers.image_processor import VaeImageProcessor
 from ..compiler.progress import CompileProgress
 from ..config import FastConfig
 from ..graphs import graph_pools, graphed_methods
+from ..identity import StandIn
 from ..lossy.loop import DenoisingLoop
 from ..models.controlnet import FastControlNetModel, fast_controlnets
 from ..models.finite import FiniteCheck, NonFiniteError
@@ -57,7 +58,7 @@ def _with_signature(method: Callable, stock: Callable) -> Callable:
     return wrapped
 
 
-class FastPipelineMixin(WarmupMixin, FastLoadingMixin):
+class FastPipelineMixin(WarmupMixin, FastLoadingMixin, metaclass=StandIn):
     """What every fast SDXL pipeline adds to its stock class: the `fast` argument, the plan and thread safety.
 
     Mixed in before a stock pipeline class, whose `__call__` runs unchanged.

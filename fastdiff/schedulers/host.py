@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import SchedulerMixin
 
-from ..identity import stands_in_for
+from ..identity import StandIn, stands_in_for
 from .linear import StepWeights, plan_step_weights
 from .modes import noise_without_wait
 
@@ -25,7 +25,7 @@ T = TypeVar("T", bound=type)
 S = TypeVar("S", bound="HostSchedule")
 
 
-class HostSchedule:
+class HostSchedule(metaclass=StandIn):
     """Mixin over a stock scheduler: what that has not. `keeps_schedule_on_host` wraps what it has."""
 
     _stock: type[SchedulerMixin]
