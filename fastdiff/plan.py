@@ -20,16 +20,25 @@ from dataclasses import dataclass
 
 import torch
 
-from .compiler.compilation import apply_compilation, choose_compile, expect_new_graphs, undo_compilation
+from .compiler.compilation import (
+    apply_compilation,
+    choose_compile,
+    compiled_by_user,
+    expect_new_graphs,
+    undo_compilation,
+)
 from .config import FastConfig
 from .graphs import GraphPool, apply_graphs, remove_graphs, why_no_graphs
 from .graphs.recording import CudaRecorder
 from .lossy.deep_cache import apply_deep_cache, remove_deep_cache
 from .lossy.guidance_interval import apply_guidance_interval
 from .models.attention import FastAttention
+from .models.base import FastModelMixin, casts_layerwise, prepare_compiled, unwrapped
 from .models.context import ContextKV
 from .models.memory_format import apply_channels_last
 from .models.offload import inner_offloading
+from .models.storage import quantized_by_hand
+from .models.unet import FastUNet2DConditionModel
 from .models.vae import FastAutoencoderKL
 from .schedulers import fast_scheduler
 from .weights import apply_packing, apply_quantization, check_scheme, choose_packing, choose_quantization, count_packed
@@ -64,14 +73,21 @@ class Plan:
     """
 
     def __init__(self, config: FastConfig, unet, vae, scheduler, controlnets=(), device=None):
-        self.config, self.unet, self.vae, self.scheduler = config, unet, vae, scheduler
-        self.controlnets, self.device = list(controlnets), device or unet.device
-        self.denoisers = [unet, *self.controlnets]
+        self.config, self.unet, self.vae, self.scheduler = config, unwrapped(unet), unwrapped(vae), scheduler
+        self.controlnets, self.device = [unwrapped(net) for net in controlnets], device or unet.device
+        self.denoisers = [self.unet, *self.controlnets]
+        components = (unet, *controlnets, vae)
+        self.by_user = {id(unwrapped(c)): how for c in components if (how := compiled_by_user(c)) is not None}
+        for component in components:
+            prepare_compiled(component)
 
     def apply(self) -> list[PlanStep]:
         """Apply every step that is not yet in place, in order; returns all steps."""
         if self.config.is_off:
             return [PlanStep("convert", False, 'preset "off": the stock classes stay in place')]
+        if not isinstance(self.unet, FastUNet2DConditionModel):
+            why = f"the UNet is a {type(self.unet).__qualname__}, which is left as it is"
+            return [PlanStep("convert", False, why), self._host_schedule()]
         remove_graphs((*self.denoisers, self.vae))
         # Its hooks wrap what compiling replaces. Another pipeline over the same UNet may want them back.
         self.had_deep_cache = remove_deep_cache(self.unet)
@@ -95,7 +111,7 @@ class Plan:
         Args:
             fused: whether projections may be fused. Sequential offload finds weights by their stock names.
         """
-        if self.config.is_off:
+        if self.config.is_off or not isinstance(self.unet, FastUNet2DConditionModel):
             return
         remove_graphs((*self.denoisers, self.vae))
         remove_deep_cache(self.unet)
@@ -170,6 +186,8 @@ class Plan:
 
     def _quantize(self) -> PlanStep:
         name, offloading = "quantize", inner_offloading(self.unet)
+        if by_hand := sum(map(quantized_by_hand, self.denoisers)):
+            return PlanStep(name, False, f"{by_hand} layers are quantized by you, and left so", lossless=False)
         done = [model.quantized for model in self.denoisers if getattr(model, "quantized", None)]
         for model in self.denoisers:
             check_scheme(model, self.config.quantization)
@@ -212,9 +230,9 @@ class Plan:
         return any(model.shares_weights_with() is not None for model in self.denoisers)
 
     def _is_compiled(self) -> bool:
-        # Or not by us, but by the user's call of `unet.compile()`.
+        # Or not by us, but by the user.
         planned = choose_compile(self.config.compile, self.unet, self.device).mode != "off"
-        return planned or any(model._compiled_call_impl is not None for model in self.denoisers)
+        return planned or any(id(model) in self.by_user for model in self.denoisers)
 
     def _compile(self) -> PlanStep:
         choice = choose_compile(self.config.compile, self.unet, self.device)
@@ -222,33 +240,43 @@ class Plan:
         if choice.mode != "off" and offloading is not None:
             return PlanStep("compile", False, f"{offloading} moves weights inside of the regions")
         for model in (*self.denoisers, self.vae):
-            wanted = (choice.mode, self.device.type)
+            wanted = ("off" if self._is_left_alone(model) else choice.mode, self.device.type)
             if getattr(model, "compiled_for", ("off", self.device.type)) != wanted:
                 undo_compilation(model)
                 model.compiled_for = wanted
-                model.compiled_regions = 0 if choice.mode == "off" else apply_compilation(model, *wanted)
+                model.compiled_regions = 0 if wanted[0] == "off" else apply_compilation(model, *wanted)
             expect_new_graphs(model)
-        if choice.mode == "off":
-            return PlanStep("compile", False, choice.reason)
-        regions = sum(model.compiled_regions for model in (*self.denoisers, self.vae))
-        return PlanStep("compile", True, f"{choice.mode}, {regions} regions: {choice.reason}")
+        yours = "".join(f"; compiled by you, and left so: {how}" for how in self.by_user.values())
+        regions = sum(getattr(model, "compiled_regions", 0) for model in (*self.denoisers, self.vae))
+        if not regions:
+            return PlanStep("compile", False, yours.removeprefix("; ") or choice.reason)
+        return PlanStep("compile", True, f"{choice.mode}, {regions} regions: {choice.reason}{yours}")
+
+    def _is_left_alone(self, model) -> bool:
+        """Whether a model is compiled by the user, or of a class, or with hooks, that our regions do not know."""
+        is_known = isinstance(model, FastModelMixin)
+        return not is_known or id(model) in self.by_user or casts_layerwise(model)
 
     def _guidance_interval(self) -> PlanStep:
         name, interval = "guidance_interval", self.config.guidance_interval
         if interval is None:
             return PlanStep(name, False, "opt-in: FastConfig.guidance_interval", lossless=False)
+        if id(self.unet) in self.by_user:
+            return PlanStep(name, False, "you compiled the UNet, whose graph has no such steps", lossless=False)
         apply_guidance_interval(self.unet, self.controlnets)
         return PlanStep(name, True, "guidance from {:.0%} to {:.0%} of the steps".format(*interval), lossless=False)
 
     def _deep_cache(self) -> PlanStep:
         name, interval = "deep_cache", self.config.deep_cache_interval
+        if interval is not None and id(self.unet) in self.by_user:
+            return PlanStep(name, False, "you compiled the UNet, whose graph has no such steps", lossless=False)
         blocks = apply_deep_cache(self.unet) if interval is not None or self.had_deep_cache else 0
         if interval is None:
             return PlanStep(name, False, "opt-in: FastConfig.deep_cache_interval", lossless=False)
         return PlanStep(name, True, f"{blocks} inner blocks of the UNet in every {interval}. step", lossless=False)
 
     def _capture(self) -> PlanStep:
-        name, models = "cuda_graphs", [*self.denoisers, self.vae]
+        name, models = "cuda_graphs", [m for m in (*self.denoisers, self.vae) if id(m) not in self.by_user]
         offloading = inner_offloading(self.unet) or ("model offload" if hasattr(self.unet, "_hf_hook") else None)
         reason = why_no_graphs(self.config.cuda_graphs, self.device)
         if reason is None and offloading is not None:
@@ -257,16 +285,19 @@ class Plan:
             reason = "with deep_cache steps differ"
         if reason is not None:
             return PlanStep(name, False, reason)
-        if self.vae.dtype == torch.float16 and getattr(self.vae.config, "force_upcast", False):
+        if not models:
+            return PlanStep(name, False, "compiled by you, with graphs of its own if you asked for them")
+        if self.vae in models and self.vae.dtype == torch.float16 and getattr(self.vae.config, "force_upcast", False):
             models.remove(self.vae)  # cast to float32 and back in each call: its weights have no lasting address
         count = apply_graphs(models, GraphPool(CudaRecorder(self.unet.device)), ContextKV)
         return PlanStep(name, True, f"{count} regions, one graph for each shape, recorded at its first call")
 
 
-def weights_state(unet) -> tuple:
-    """What may change about a UNet's weights behind the plan, which is then applied anew."""
+def weights_state(unet, components: tuple) -> tuple:
+    """What may change about a UNet's weights, or be compiled, behind the plan, which is then applied anew."""
     is_shared = getattr(unet, "shares_weights_with", lambda: None)() is not None
-    return count_packed(unet), is_shared, getattr(unet, "_compiled_call_impl", None) is not None
+    choices = tuple((compiled_by_user(component), getattr(component, "fuse_choice", None)) for component in components)
+    return count_packed(unet), quantized_by_hand(unet), is_shared, choices
 
 
 def _is_fast(scheduler) -> bool:

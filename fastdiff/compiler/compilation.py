@@ -8,6 +8,7 @@ from types import FunctionType, MethodType
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
 
 from .channels import OpenChannels, open_kind, open_options, shares_graphs
@@ -115,6 +116,22 @@ def undo_compilation(model: nn.Module) -> None:
     for module in model.modules():
         method = module.__dict__.pop("_compiled_method", None)
         module.__dict__.pop(method, None)
+
+
+def compiled_by_user(component: Any) -> str | None:
+    """How a component was compiled by somebody else than `apply_compilation`, or None."""
+    if is_compiled_module(component):
+        return f"torch.compile() of {type(component._orig_mod).__name__}"
+    if not isinstance(component, nn.Module):
+        return None
+    name = type(component).__name__
+    if component._compiled_call_impl is not None:
+        return f"{name}.compile()"
+    for method in ("encode", "decode"):
+        if method in component.__dict__:
+            return f"{name}.{method}"
+    blocks = [m for m in component.modules() if m._compiled_call_impl is not None or is_compiled_module(m)]
+    return f"{len(blocks)} blocks of {name}" if blocks else None
 
 
 def expect_new_graphs(model: nn.Module) -> None:

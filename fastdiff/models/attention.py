@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .processor import FusedQKVAttnProcessor
+from .storage import is_plain
 
 _PARTS = ("to_q", "to_k", "to_v")
 
@@ -53,7 +54,7 @@ class FastAttention(Attention):
                 part = part.get_base_layer()
             if type(part) is not nn.Linear:
                 return f"a projection is a {type(part).__name__}"
-            if not _is_plain(part.weight):
+            if not is_plain(part.weight):
                 return "its weights are quantized"
             if _is_hooked(part):
                 return "a projection has hooks"
@@ -93,12 +94,7 @@ class FastAttention(Attention):
         if not self.is_fused:
             return
         if "to_q" not in self._modules:
-            if not _is_plain(self.to_qkv.weight):
-                raise ValueError(
-                    "These projections are fused and quantized, and cannot be taken apart: unfuse them, or load what "
-                    "needs them separate, before the first call, or use quantization='none'."
-                )
-            weights = self.to_qkv.weight.chunk(3)
+            weights = _thirds(self.to_qkv.weight)
             biases = self.to_qkv.bias.chunk(3) if self.to_qkv.bias is not None else (None,) * 3
             for name, weight, bias in zip(_PARTS, weights, biases, strict=True):
                 part = nn.Linear(1, 1, bias=bias is not None, device="meta")
@@ -139,7 +135,7 @@ class FastAttention(Attention):
 
     def __getattr__(self, name: str):
         # Code that asks for a projection by its stock name gets it; the plan fuses anew before the next picture.
-        if name in _PARTS and self.is_fused and _is_plain(self.to_qkv.weight):
+        if name in _PARTS and self.is_fused and "to_q" not in self._modules and is_plain(self.to_qkv.weight):
             self.unfuse()
         return super().__getattr__(name)
 
@@ -177,9 +173,16 @@ def _attentions(module: nn.Module) -> Iterator[Attention]:
     return (child for child in module.modules() if isinstance(child, Attention))
 
 
-def _is_plain(weight: torch.Tensor) -> bool:
-    """Whether a weight holds its own numbers, and not those of a quantized one."""
-    return type(weight.data) is torch.Tensor and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
+def _thirds(weight: torch.Tensor) -> list[torch.Tensor]:
+    """The rows of a fused weight for queries, keys and values: views, also of one that the user has quantized."""
+    rows = weight.shape[0] // 3
+    try:
+        return [weight[start : start + rows] for start in (0, rows, 2 * rows)]
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            "These projections are fused and quantized, and cannot be taken apart: unfuse them, or load what needs "
+            "them separate, before the first call, or use quantization='none'."
+        ) from error
 
 
 def _is_hooked(layer: nn.Linear) -> bool:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from diffusers.hooks.layerwise_casting import _is_layerwise_casting_active
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
 
@@ -88,6 +89,11 @@ def prepare_compiled(component: nn.Module) -> None:
     for module in model.modules():
         if is_compiled_module(module):
             select_before_compiled(module)
+
+
+def casts_layerwise(model: nn.Module) -> bool:
+    """Whether diffusers casts each layer of a model on its own before and after it runs."""
+    return _is_layerwise_casting_active(model)
 
 
 def unwrapped(component: Any) -> Any:

@@ -225,7 +225,7 @@ def _takes_keys(block: FastTransformerBlock) -> bool:
 def _is_plain(attn: Attention) -> bool:
     if attn.norm_cross or not getattr(attn.processor, "accepts_context_kv", False):
         return False
-    return not any(_drops_out(proj) for proj in (attn.to_k, attn.to_v))
+    return not any(_drops_out(proj) or proj.weight.is_inference() for proj in (attn.to_k, attn.to_v))
 
 
 def _drops_out(proj: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from diffusers.models.controlnets.controlnet import ControlNetOutput
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
 from ..identity import stands_in_for
-from .base import FastModelMixin, hoist
+from .base import FastModelMixin, compiled_as, hoist, prepare_compiled, unwrapped
 from .context import ContextCache, attach_context_cache
 from .conversion import share_weights
 from .outputs import answers_by_name
@@ -186,11 +186,13 @@ def convert_controlnet(component):
     if type(component) is MultiControlNetModel:
         nets = [convert_controlnet(net) for net in component.nets]
         return component if nets == list(component.nets) else MultiControlNetModel(nets)
-    component = getattr(component, "_orig_mod", component)
-    return FastControlNetModel.from_stock(component) if type(component) is ControlNetModel else component
+    if type(unwrapped(component)) is not ControlNetModel:
+        prepare_compiled(component)
+        return component
+    return compiled_as(component, FastControlNetModel.from_stock(component))
 
 
 def fast_controlnets(component) -> list[FastControlNetModel]:
-    """The fast ControlNets in a pipeline's `controlnet` component, which may be None."""
+    """The fast ControlNets in a pipeline's `controlnet` component, which may be None, compiled as they are."""
     nets = component.nets if isinstance(component, MultiControlNetModel) else [component]
-    return [net for net in nets if isinstance(net, FastControlNetModel)]
+    return [net for net in nets if isinstance(unwrapped(net), FastControlNetModel)]

@@ -20,6 +20,7 @@ from ..config import FastConfig
 from ..graphs import graph_pools, graphed_methods
 from ..identity import StandIn
 from ..lossy.loop import DenoisingLoop
+from ..models.base import unwrapped
 from ..models.controlnet import FastControlNetModel, fast_controlnets
 from ..models.finite import FiniteCheck, NonFiniteError
 from ..models.unet import FastUNet2DConditionModel
@@ -147,12 +148,12 @@ class FastPipelineMixin(WarmupMixin, FastLoadingMixin, metaclass=StandIn):
 
     def _denoisers(self) -> list[FastUNet2DConditionModel | FastControlNetModel]:
         """The fast models that run in each step; none with preset "off"."""
-        unet = [self.unet] if isinstance(self.unet, FastUNet2DConditionModel) else []
-        return unet + fast_controlnets(getattr(self, "controlnet", None))
+        models = [unwrapped(self.unet), *map(unwrapped, fast_controlnets(getattr(self, "controlnet", None)))]
+        return models if isinstance(models[0], FastUNet2DConditionModel) else models[1:]
 
     def _models(self) -> list[torch.nn.Module]:
         """What gets compiled and recorded."""
-        return [*self._denoisers(), self.vae]
+        return [*self._denoisers(), unwrapped(self.vae)]
 
     def _apply_plan(self) -> list[PlanStep]:
         with self._calls.planning:
@@ -167,7 +168,9 @@ class FastPipelineMixin(WarmupMixin, FastLoadingMixin, metaclass=StandIn):
         weights somebody asked for, gets its plan anew."""
         components = (self.unet, self.vae, self.scheduler, getattr(self, "controlnet", None))
         state = (self.unet.device, self.unet.dtype, getattr(self.unet, "revision", None), self._execution_device)
-        return (*state, hasattr(self.unet, "_diffusers_hook"), *weights_state(self.unet), *map(id, components))
+        models = (self.unet, self.vae, *fast_controlnets(getattr(self, "controlnet", None)))
+        kept = weights_state(unwrapped(self.unet), models)
+        return (*state, hasattr(self.unet, "_diffusers_hook"), *kept, *map(id, components))
 
     def _new_plan(self) -> Plan:
         controlnets = fast_controlnets(getattr(self, "controlnet", None))
@@ -189,8 +192,10 @@ class FastPipelineMixin(WarmupMixin, FastLoadingMixin, metaclass=StandIn):
     @torch.no_grad()
     def __call__(self, *args, **kwargs):
         bars = getattr(self, "_progress_bar_config", {})
-        with self._owned_call() as pipe, FiniteCheck() as check, CompileProgress(bars):
-            output = super(FastPipelineMixin, pipe).__call__(*args, **kwargs)
+        # Tensors that are made in inference mode do not record edits, without which nothing computed from them is kept.
+        with torch.inference_mode(False), torch.no_grad(), self._owned_call() as pipe, FiniteCheck() as check:
+            with CompileProgress(bars):
+                output = super(FastPipelineMixin, pipe).__call__(*args, **kwargs)
             self._drawn_with = self._plan_key
             if not self.fast_config.is_off:
                 self._report_non_finite(check, output[0])

@@ -11,7 +11,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -31,8 +33,6 @@ class HostSchedule(metaclass=StandIn):
     _stock: type[SchedulerMixin]
     # Attributes in which the stock class keeps device tensors from one step to the next.
     _history: tuple[str, ...] = ()
-    # Whether `step` looks its coefficients up by the timestep itself, not by the position in the schedule.
-    _reads_by_timestep = False
 
     @classmethod
     def from_stock(cls: type[S], scheduler: SchedulerMixin) -> S:
@@ -100,36 +100,35 @@ def _wrap_set_timesteps(stock: Callable) -> Callable:
 
     def set_timesteps(self, num_inference_steps=None, device=None, *args, **kwargs):
         given = signature.bind(self, num_inference_steps, device, *args, **kwargs).arguments
-        _check_schedule(num_inference_steps, given.get("timesteps"), given.get("sigmas"))
-        return stock(self, num_inference_steps, None, *args, **kwargs)
+        timesteps, sigmas = given.get("timesteps"), given.get("sigmas")
+        if sigmas is not None and not all(map(math.isfinite, sigmas)):
+            raise ValueError(f"`sigmas` must be finite, got {list(sigmas)}.")
+        try:
+            return stock(self, num_inference_steps, None, *args, **kwargs)
+        except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+            if (reason := _explain_schedule(num_inference_steps, timesteps, sigmas)) is None:
+                raise
+            raise ValueError(reason) from error
 
     return set_timesteps
 
 
-def _check_schedule(num_inference_steps: Any, timesteps: Any, sigmas: Any) -> None:
+def _explain_schedule(num_inference_steps: Any, timesteps: Any, sigmas: Any) -> str | None:
+    """What is wrong with the arguments of a stock `set_timesteps` that raised, or None where its own error says it."""
     if num_inference_steps is None and timesteps is None and sigmas is None:
-        raise ValueError("`num_inference_steps` is missing: pass the number of denoising steps, 1 or more.")
-    if num_inference_steps is not None and num_inference_steps < 1:
-        raise ValueError(f"`num_inference_steps` must be 1 or more, got {num_inference_steps}.")
+        return "`num_inference_steps` is missing: pass the number of denoising steps, 1 or more."
+    if isinstance(num_inference_steps, int) and num_inference_steps < 1:
+        return f"`num_inference_steps` must be 1 or more, got {num_inference_steps}."
     for name, values in (("timesteps", timesteps), ("sigmas", sigmas)):
         if values is not None and len(values) == 0:
-            raise ValueError(f"`{name}` is empty: pass one value per step, in descending order.")
-    if sigmas is not None and not all(high >= low for high, low in zip(sigmas, sigmas[1:], strict=False)):
-        raise ValueError(f"`sigmas` must be in descending order, got {list(sigmas)}.")
+            return f"`{name}` is empty: pass one value per step, in descending order."
+    return None
 
 
 def _wrap_step(stock: Callable) -> Callable:
     def step(self, model_output, timestep, sample, *args, **kwargs):
-        if self.num_inference_steps is None:
-            raise ValueError("`step` needs a schedule: call `set_timesteps(num_inference_steps)` first.")
         timestep = self._host_timestep(timestep)
-        last = self.config.num_train_timesteps - 1
-        if self._reads_by_timestep and (isinstance(timestep, str) or not 0 <= timestep <= last):
-            raise ValueError(
-                f"timestep {timestep!r} is not in the schedule: pass an element of `scheduler.timesteps`, "
-                f"which lie between 0 and {last}."
-            )
-        with noise_without_wait(kwargs.get("generator"), model_output.device):
+        with noise_without_wait(kwargs.get("generator"), model_output.device), _explaining(timestep, self.timesteps):
             return stock(self, model_output, timestep, sample, *args, **kwargs)
 
     return step
@@ -139,15 +138,26 @@ def _wrap_index_for_timestep(stock: Callable) -> Callable:
     def index_for_timestep(self, timestep, schedule_timesteps=None):
         schedule = self.timesteps if schedule_timesteps is None else schedule_timesteps.cpu()
         timestep = self._host_timestep(timestep)
-        found = schedule == timestep
-        if not isinstance(found, torch.Tensor) or not found.any():
-            raise ValueError(
-                f"timestep {timestep!r} is not in the schedule: pass an element of `scheduler.timesteps`, "
-                f"which has {len(schedule)} from {schedule[0]} to {schedule[-1]}."
-            )
-        return stock(self, timestep, schedule)
+        with _explaining(timestep, schedule):
+            return stock(self, timestep, schedule)
 
     return index_for_timestep
+
+
+@contextmanager
+def _explaining(timestep: Any, schedule: torch.Tensor) -> Iterator[None]:
+    """Say what is wrong with a timestep that stock cannot look up; what it takes, such as a foreign one, is taken."""
+    try:
+        yield
+    except (IndexError, AttributeError, TypeError) as error:
+        found = schedule == timestep
+        if isinstance(found, torch.Tensor) and found.any():
+            raise
+        ends = f"from {schedule[0]} to {schedule[-1]}" if len(schedule) else "none"
+        raise ValueError(
+            f"timestep {timestep!r} is not in the schedule: pass an element of `scheduler.timesteps`, "
+            f"which has {len(schedule)}, {ends}."
+        ) from error
 
 
 def _wrap_mixing(stock: Callable) -> Callable:

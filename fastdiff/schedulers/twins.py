@@ -47,22 +47,13 @@ class FastDPMSolverMultistepScheduler(HostSchedule, DPMSolverMultistepScheduler)
 class FastDDIMScheduler(HostSchedule, DDIMScheduler):
     """`DDIMScheduler` that never waits for the device."""
 
-    _reads_by_timestep = True
-
-
 @keeps_schedule_on_host(LCMScheduler)
 class FastLCMScheduler(HostSchedule, LCMScheduler):
     """`LCMScheduler` that never waits for the device."""
 
-    _reads_by_timestep = True
-
-
 @keeps_schedule_on_host(TCDScheduler)
 class FastTCDScheduler(HostSchedule, TCDScheduler):
     """`TCDScheduler` that never waits for the device."""
-
-    _reads_by_timestep = True
-
 
 @keeps_schedule_on_host(UniPCMultistepScheduler)
 class FastUniPCMultistepScheduler(HostSchedule, UniPCMultistepScheduler):
