@@ -20,13 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .compiler.compilation import (
-    apply_compilation,
-    choose_compile,
-    compiled_by_user,
-    expect_new_graphs,
-    undo_compilation,
-)
+from .compiler import apply_compilation, choose_compile, compiled_by_user, expect_new_graphs, undo_compilation
 from .config import FastConfig
 from .graphs import GraphPool, apply_graphs, remove_graphs, why_no_graphs
 from .graphs.recording import CudaRecorder
@@ -41,7 +35,7 @@ from .models.storage import quantized_by_hand
 from .models.unet import FastUNet2DConditionModel
 from .models.vae import FastAutoencoderKL
 from .schedulers import fast_scheduler
-from .weights import apply_packing, apply_quantization, check_scheme, choose_packing, choose_quantization, count_packed
+from .weights import apply_packing, apply_quantization, check_scheme, choose_packing, choose_quantization
 
 
 @dataclass(frozen=True)
@@ -62,6 +56,7 @@ class PlanStep:
 
 
 _OFF = "switched off by FastConfig.{}"
+_ONE_GRAPH = "you compiled the UNet, whose graph is the same in each step"
 
 
 class Plan:
@@ -86,8 +81,7 @@ class Plan:
         if self.config.is_off:
             return [PlanStep("convert", False, 'preset "off": the stock classes stay in place')]
         if not isinstance(self.unet, FastUNet2DConditionModel):
-            why = f"the UNet is a {type(self.unet).__qualname__}, which is left as it is"
-            return [PlanStep("convert", False, why), self._host_schedule()]
+            return [PlanStep("convert", False, f"left: a {type(self.unet).__qualname__}"), self._host_schedule()]
         remove_graphs((*self.denoisers, self.vae))
         # Its hooks wrap what compiling replaces. Another pipeline over the same UNet may want them back.
         self.had_deep_cache = remove_deep_cache(self.unet)
@@ -254,22 +248,21 @@ class Plan:
 
     def _is_left_alone(self, model) -> bool:
         """Whether a model is compiled by the user, or of a class, or with hooks, that our regions do not know."""
-        is_known = isinstance(model, FastModelMixin)
-        return not is_known or id(model) in self.by_user or casts_layerwise(model)
+        return id(model) in self.by_user or not isinstance(model, FastModelMixin) or casts_layerwise(model)
 
     def _guidance_interval(self) -> PlanStep:
         name, interval = "guidance_interval", self.config.guidance_interval
         if interval is None:
             return PlanStep(name, False, "opt-in: FastConfig.guidance_interval", lossless=False)
         if id(self.unet) in self.by_user:
-            return PlanStep(name, False, "you compiled the UNet, whose graph has no such steps", lossless=False)
+            return PlanStep(name, False, _ONE_GRAPH, lossless=False)
         apply_guidance_interval(self.unet, self.controlnets)
         return PlanStep(name, True, "guidance from {:.0%} to {:.0%} of the steps".format(*interval), lossless=False)
 
     def _deep_cache(self) -> PlanStep:
         name, interval = "deep_cache", self.config.deep_cache_interval
         if interval is not None and id(self.unet) in self.by_user:
-            return PlanStep(name, False, "you compiled the UNet, whose graph has no such steps", lossless=False)
+            return PlanStep(name, False, _ONE_GRAPH, lossless=False)
         blocks = apply_deep_cache(self.unet) if interval is not None or self.had_deep_cache else 0
         if interval is None:
             return PlanStep(name, False, "opt-in: FastConfig.deep_cache_interval", lossless=False)
@@ -291,13 +284,6 @@ class Plan:
             models.remove(self.vae)  # cast to float32 and back in each call: its weights have no lasting address
         count = apply_graphs(models, GraphPool(CudaRecorder(self.unet.device)), ContextKV)
         return PlanStep(name, True, f"{count} regions, one graph for each shape, recorded at its first call")
-
-
-def weights_state(unet, components: tuple) -> tuple:
-    """What may change about a UNet's weights, or be compiled, behind the plan, which is then applied anew."""
-    is_shared = getattr(unet, "shares_weights_with", lambda: None)() is not None
-    choices = tuple((compiled_by_user(component), getattr(component, "fuse_choice", None)) for component in components)
-    return count_packed(unet), quantized_by_hand(unet), is_shared, choices
 
 
 def _is_fast(scheduler) -> bool:

@@ -4,7 +4,14 @@ May import `models`.
 """
 
 from .artifacts import Artifacts, artifact_key, read_artifacts, save_artifacts
-from .compilation import CompileChoice, apply_compilation, choose_compile, expect_new_graphs, undo_compilation
+from .compilation import (
+    CompileChoice,
+    apply_compilation,
+    choose_compile,
+    compiled_by_user,
+    expect_new_graphs,
+    undo_compilation,
+)
 from .progress import CompileProgress
 from .traces import record_traces
 
@@ -15,6 +22,7 @@ __all__ = [
     "apply_compilation",
     "artifact_key",
     "choose_compile",
+    "compiled_by_user",
     "expect_new_graphs",
     "read_artifacts",
     "record_traces",

@@ -67,12 +67,14 @@ class ContextCache:
 
     Args:
         blocks: the transformer blocks with cross-attention, in the order of the returned tuple.
+        containers: the modules between the model and its blocks. Where the user compiles those, they get the context
+            itself, as the number of a layer would become part of their graphs.
     """
 
     MAX_ENTRIES = 4
 
-    def __init__(self, blocks: list[FastTransformerBlock]):
-        self.blocks = blocks
+    def __init__(self, blocks: list[FastTransformerBlock], containers: list[nn.Module]):
+        self.blocks, self.containers = blocks, containers
         self.layers = [block.attn2 for block in blocks]
         self.enabled = True
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
@@ -80,7 +82,8 @@ class ContextCache:
 
     def __getstate__(self) -> dict:
         # A copy makes its own keys and values.
-        return {"blocks": self.blocks, "layers": self.layers, "enabled": self.enabled}
+        kept = ("blocks", "containers", "layers", "enabled")
+        return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, _entries=OrderedDict(), _lock=threading.Lock())
@@ -121,6 +124,8 @@ class ContextCache:
         if not self.layers or not isinstance(context, torch.Tensor) or context.is_inference():
             return False
         if torch.is_grad_enabled() and (context.requires_grad or any(map(_needs_grad, self.layers))):
+            return False
+        if any(container._compiled_call_impl is not None for container in self.containers):
             return False
         return all(map(_is_plain, self.layers)) and all(map(_takes_keys, self.blocks))
 
@@ -196,7 +201,11 @@ def attach_context_cache(model: nn.Module) -> ContextCache:
             block.__class__ = FastTransformerBlock
             block.context_index = index
             block.register_forward_pre_hook(_select_layer, with_kwargs=True)
-    return ContextCache([block for block in blocks if isinstance(block, FastTransformerBlock)])
+    blocks = [block for block in blocks if isinstance(block, FastTransformerBlock)]
+    inside = {id(part) for block in blocks for part in block.modules()} | {id(model)}
+    outside = [module for module in model.modules() if id(module) not in inside]
+    containers = [m for m in outside if any(isinstance(part, FastTransformerBlock) for part in m.modules())]
+    return ContextCache(blocks, containers)
 
 
 def select_before_compiled(compiled: nn.Module) -> None:

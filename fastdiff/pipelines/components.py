@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from ..compiler import compiled_by_user
 from ..config import FastConfig
 from ..models import FastAutoencoderKL, FastUNet2DConditionModel, convert_controlnet
 from ..models.base import FastModelMixin, compiled_as, prepare_compiled, unwrapped
+from ..models.storage import quantized_by_hand
 from ..schedulers import fast_scheduler
-from ..weights import check_scheme
+from ..weights import check_scheme, count_packed
 
 
 def check_components(pipeline_class: type, components: dict) -> None:
@@ -53,3 +57,15 @@ def convert_component(name: str, component, config: FastConfig):
     if name == "scheduler" and config.host_schedule:
         return fast_scheduler(component)
     return component
+
+
+def components_state(unet: Any, components: tuple) -> tuple:
+    """What may change about weights, or be compiled, behind the plan, which is then applied anew.
+
+    Args:
+        unet: the UNet itself.
+        components: UNet, VAE and ControlNets as the pipeline has them.
+    """
+    is_shared = getattr(unet, "shares_weights_with", lambda: None)() is not None
+    choices = tuple((compiled_by_user(component), getattr(component, "fuse_choice", None)) for component in components)
+    return count_packed(unet), quantized_by_hand(unet), is_shared, choices

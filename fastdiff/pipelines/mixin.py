@@ -24,8 +24,8 @@ from ..models.base import unwrapped
 from ..models.controlnet import FastControlNetModel, fast_controlnets
 from ..models.finite import FiniteCheck, NonFiniteError
 from ..models.unet import FastUNet2DConditionModel
-from ..plan import Plan, PlanStep, format_plan, weights_state
-from .components import check_components, convert_component
+from ..plan import Plan, PlanStep, format_plan
+from .components import check_components, components_state, convert_component
 from .loading import FastLoadingMixin, loading_config
 from .postprocess import FastImageProcessor
 from .prompts import encode_together
@@ -169,7 +169,7 @@ class FastPipelineMixin(WarmupMixin, FastLoadingMixin, metaclass=StandIn):
         components = (self.unet, self.vae, self.scheduler, getattr(self, "controlnet", None))
         state = (self.unet.device, self.unet.dtype, getattr(self.unet, "revision", None), self._execution_device)
         models = (self.unet, self.vae, *fast_controlnets(getattr(self, "controlnet", None)))
-        kept = weights_state(unwrapped(self.unet), models)
+        kept = components_state(unwrapped(self.unet), models)
         return (*state, hasattr(self.unet, "_diffusers_hook"), *kept, *map(id, components))
 
     def _new_plan(self) -> Plan:
