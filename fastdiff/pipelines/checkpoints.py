@@ -40,6 +40,9 @@ def check_checkpoint(pipeline_class: type[DiffusionPipeline], path: str | os.Pat
     kwargs["use_safetensors"] = True
     if not Path(path).is_dir():
         return
+    variant = kwargs.get("variant")
+    if variant is not None and not any(Path(path).glob(f"*/*.{variant}*")):
+        return  # diffusers says that there is no such variant
     for component in ("unet", "vae", "text_encoder", "text_encoder_2"):
         if component in kwargs or index.get(component, [None])[0] is None:
             continue
