@@ -25,11 +25,13 @@ def check_checkpoint(pipeline_class: type[DiffusionPipeline], path: str | os.Pat
     Raises:
         ValueError: with the reason and what to do.
     """
-    any_format = kwargs.get("use_safetensors") is False
+    any_format, variant = kwargs.get("use_safetensors") is False, kwargs.get("variant")
     if not any_format:
         kwargs["use_safetensors"] = True
     if not is_model_id(path):
-        check_folder(path, kwargs, any_format)
+        # Of a variant that is not there diffusers speaks.
+        is_missing = variant is not None and not any(Path(path).glob(f"*/*.{variant}*"))
+        check_folder(path, kwargs, any_format or is_missing)
         return
     hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     try:
