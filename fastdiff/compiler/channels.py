@@ -4,6 +4,10 @@ SDXL's UNet has 11 kinds of ResNet block that differ in their channels alone. Ge
 takes a CPU with two cores most of a minute, and the code differs in a few constants. With the channels left open they
 share two graphs, with and without a shortcut. On GPUs kernels are tuned for their channels, and stay apart.
 
+The default does not compile on CPUs, where packed weights are faster. This is for those who ask for `"regional"` there,
+and for the tests, which compile on CPUs alone: the full-size UNet has 6 kinds of blocks in place of 18 and took 17 s to
+compile in place of 74 s, and the embedded models have 15 in place of 23.
+
 The code generator fixes the channels of what it knows as a convolution, and takes long over a GroupNorm whose channels
 are open. Both are one call into a library on a CPU, fused with nothing: so it is given them as operators that it does
 not know. Removable once it takes convolutions of open channels.
