@@ -25,6 +25,9 @@ from .waiting import Drawn, Limits, NoWorker, Report
 
 _APPLICATION, _PAINTER, _DOOR = "fastdiff", "painter", "door"
 _TRIES = 3
+_SLICE = 0.2  # seconds
+# Seconds between looks whether a replica that is to stop is idle, 2 by default, and for it to become so, 20 by default.
+_STOPPING = {"graceful_shutdown_wait_loop_s": 0.1, "graceful_shutdown_timeout_s": 5.0}
 _RUNNING = "RUNNING"
 
 
@@ -163,6 +166,7 @@ def run_server(
         ray_actor_options=reserved,
         max_ongoing_requests=2 * max_batch,  # one batch runs while the next one gathers
         max_constructor_retry_count=2,
+        **_STOPPING,
     )
     # The door refuses what is too much by itself, so Serve need not hold anything back.
     door = serve.deployment(
@@ -170,6 +174,7 @@ def run_server(
         name=_DOOR,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=100_000,
+        **_STOPPING,
     )
     stop = threading.Event()
     serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
@@ -178,7 +183,9 @@ def run_server(
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         print(f"serving on http://{host}:{port} with {replicas} worker(s); stop with Ctrl-C", flush=True)
-        stop.wait()
+        # In slices: a signal that reaches another thread of Ray's would not wake this one.
+        while not stop.wait(_SLICE):
+            pass
     except RuntimeError as error:
         reason = serve.status().applications[_APPLICATION].deployments[_PAINTER].message or str(error)
         raise UsageError(f"the workers do not start: {reason.strip().splitlines()[-1]}") from error
