@@ -90,8 +90,8 @@ def _full_size_step(where) -> dict | None:
         measures=("step",),
         dtype=loading_dtype(FastConfig.preset("balanced")),
         device=str(where),
-        rounds=7,
-        seconds=30,
+        rounds=5,
+        seconds=15,
     )
     results = run_ladder(settings, rungs_for(settings, ["exact", "balanced"]))
     print(table(results))
