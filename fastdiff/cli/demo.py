@@ -93,6 +93,6 @@ def _full_size_step(where) -> dict | None:
         rounds=5,
         seconds=15,
     )
-    results = run_ladder(settings, rungs_for(settings, ["exact", "balanced"]))
+    results = run_ladder(settings, rungs_for(settings, ["balanced"]))
     print(table(results))
     return results
