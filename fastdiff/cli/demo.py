@@ -17,7 +17,7 @@ PROMPTS = (
     "a green triangle at the left of a pink background",
     "a purple heart on a black background",
     "a blue square to the left of a red heart on a white background",
-    "an orange star above a blue circle on a gray background",
+    "a large orange heart on a gray background",
 )
 _SEED, _STEPS = 11, 20
 # A copy of the weights for stock, one for fastdiff, and room to work.
