@@ -42,6 +42,9 @@ def add_configuration(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--preset", default="balanced", help="exact, balanced, max or off (balanced)")
     parser.add_argument("--dtype", choices=DTYPES, help="by default chosen by preset")
+    parser.add_argument(
+        "--lora", action="append", type=lora, metavar="FILE[:WEIGHT]", help="adapter to draw with; may be repeated"
+    )
     parser.add_argument("--compile", choices=COMPILE_MODES, help="in place of the preset's")
     parser.add_argument("--quantization", choices=QUANTIZATION_SCHEMES, help="in place of the preset's")
     parser.add_argument(
@@ -125,6 +128,15 @@ def input_file(text: str) -> Path:
         reason = "is a directory" if Path(text).is_dir() else "does not exist"
         raise argparse.ArgumentTypeError(f"the file {text!r} {reason}")
     return Path(text)
+
+
+def lora(text: str) -> tuple[str, float]:
+    """PATH or PATH:WEIGHT of a LoRA file."""
+    path, found, weight = text.rpartition(":")
+    try:
+        return (str(input_file(path)), float(weight)) if found else (str(input_file(text)), 1.0)
+    except ValueError:
+        return str(input_file(text)), 1.0
 
 
 def output_path(text: str, suffixes: tuple[str, ...] = ()) -> Path:

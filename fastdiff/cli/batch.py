@@ -26,6 +26,8 @@ def _check(arguments: argparse.Namespace) -> None:
     settings = {name: worker[name] for name in ("model", "preset", "dtype")}
     if worker["switches"]:
         settings["switches"] = worker["switches"]
+    if worker["loras"]:
+        settings["loras"] = worker["loras"]
     arguments.rows = read_rows(arguments.prompts, settings)
 
 

@@ -40,6 +40,7 @@ def worker_settings(arguments: argparse.Namespace) -> dict:
         "model": None if arguments.model == EMBEDDED_CHECKPOINT else arguments.model,
         "preset": arguments.preset,
         "switches": tuple(sorted(switches(arguments).items())),
+        "loras": tuple(arguments.lora or ()),
         "dtype": arguments.dtype,
         "device": arguments.device,
         "replicas": arguments.replicas,

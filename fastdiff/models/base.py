@@ -13,6 +13,7 @@ from torch import nn
 from ..identity import StandIn
 from .attention import apply_fusion, convert_attention
 from .context import select_before_compiled
+from .form import give_up_forms
 from .processor import FusedQKVAttnProcessor
 from .projections import FusedProjectionsMixin
 
@@ -50,6 +51,12 @@ class FastModelMixin(FusedProjectionsMixin, metaclass=StandIn):
     def _call_compiled(self, compiled: Callable, *args, **kwargs):
         args, kwargs = self.prepare_call(args, kwargs)
         return compiled(*args, **kwargs)
+
+    def requires_grad_(self, requires_grad: bool = True):
+        """As upstream; what is to be trained are plain weights."""
+        if requires_grad:
+            give_up_forms(self)
+        return super().requires_grad_(requires_grad)
 
     def enable_layerwise_casting(self, *args, **kwargs) -> None:
         """As upstream. Projections are separate from then on, as it casts each layer on its own."""

@@ -215,3 +215,10 @@ def quantized_by_hand(model: nn.Module) -> int:
     """How many layers of a model hold weights that the user, or diffusers' loading, has quantized."""
     layers = (module for module in model.modules() if not isinstance(module, Form))
     return sum(any(not is_plain(p) for p in layer._parameters.values() if p is not None) for layer in layers)
+
+
+def give_up_forms(model: nn.Module) -> None:
+    """Give a model its plain weights back."""
+    for module in list(model.modules()):
+        if isinstance(module, Form) and module.can_give_up():
+            module.give_up()

@@ -10,6 +10,7 @@ import torch
 
 from .. import EMBEDDED_CHECKPOINT
 from ..config import FastConfig
+from ..pipelines.loras import load_loras
 from ..pipelines.memory import check_memory
 from ..pipelines.sdxl import FastStableDiffusionXLPipeline
 from .requests import PictureRequest, parse_size
@@ -26,6 +27,7 @@ class ModelChoice:
         switches: fields of `FastConfig` in place of the preset's, as pairs of name and value.
         dtype: a dtype's name, or None for what the preset takes.
         device: a torch device's name.
+        loras: files, that every worker can read, and weights of the adapters to draw with.
         threads: of torch on the CPU; fixed, because sums over another number of threads round differently.
     """
 
@@ -35,6 +37,7 @@ class ModelChoice:
     device: str
     threads: int
     switches: tuple[tuple[str, object], ...] = ()
+    loras: tuple[tuple[str, float], ...] = ()
 
 
 class Artist:
@@ -52,6 +55,7 @@ class Artist:
             fast=FastConfig.preset(choice.preset, **dict(choice.switches)),
             **options,
         ).to(choice.device)
+        load_loras(self.pipe, choice.loras)
         self.pipe.set_progress_bar_config(disable=True)
         side = self.pipe.default_sample_size * self.pipe.vae_scale_factor
         self.native_size = (side, side)

@@ -44,11 +44,12 @@ def deal_out(
     device: str | None,
     replicas: int | None,
     switches: tuple[tuple[str, object], ...] = (),
+    loras: tuple[tuple[str, float], ...] = (),
 ) -> tuple[ModelChoice, int, dict]:
     """Share the cluster's devices among workers: one GPU each, or an equal part of the CPU cores.
 
     Args:
-        model, preset, switches, dtype: as in `ModelChoice`.
+        model, preset, switches, loras, dtype: as in `ModelChoice`.
         device: "cuda", "cpu" or None for CUDA where the cluster has it.
         replicas: workers; None takes every GPU, or one worker with all cores.
 
@@ -76,6 +77,12 @@ def deal_out(
     if count > available:
         raise UsageError(f"--replicas {count}: the Ray cluster has {available} {unit}(s), and each needs one")
     choice = ModelChoice(
-        model=model, preset=preset, switches=switches, dtype=dtype, device=device, threads=threads
+        model=model,
+        preset=preset,
+        switches=switches,
+        loras=loras,
+        dtype=dtype,
+        device=device,
+        threads=threads,
     )
     return choice, count, reserved

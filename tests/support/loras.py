@@ -14,10 +14,17 @@ UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_TARGETS = ("q_proj", "v_proj")
 
 
-def write_lora(pipe: StableDiffusionXLPipeline, folder: Path, seed: int, rank: int = 4, text: bool = False) -> Path:
+def write_lora(
+    pipe: StableDiffusionXLPipeline,
+    folder: Path,
+    seed: int,
+    rank: int = 4,
+    text: bool = False,
+    targets: tuple[str, ...] = UNET_TARGETS,
+) -> Path:
     """Save a random LoRA for `pipe`, which is changed on the way; returns the file."""
     folder.mkdir(parents=True, exist_ok=True)
-    layers = {"unet_lora_layers": _adapter(pipe.unet, UNET_TARGETS, seed, rank)}
+    layers = {"unet_lora_layers": _adapter(pipe.unet, targets, seed, rank)}
     if text:
         layers["text_encoder_lora_layers"] = _adapter(pipe.text_encoder, TEXT_TARGETS, seed + 1, rank)
         layers["text_encoder_2_lora_layers"] = _adapter(pipe.text_encoder_2, TEXT_TARGETS, seed + 2, rank)
