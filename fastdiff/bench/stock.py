@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from itertools import chain
+from typing import Any
+
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
 from .. import EMBEDDED_CHECKPOINT
-from ..models.conversion import share_weights
 from ..pipelines.checkpoints import check_checkpoint
 from .settings import SDXL_RANDOM, Settings
 
@@ -57,8 +60,7 @@ def twin(
         sdpa: False takes diffusers' attention from before `scaled_dot_product_attention`.
         own_parameters: give UNet and VAE `Parameter` objects of their own, over the same storage.
     """
-    unet = share_weights(base.unet, UNet2DConditionModel, UNet2DConditionModel)
-    vae = share_weights(base.vae, AutoencoderKL, AutoencoderKL)
+    unet, vae = _copied(base.unet), _copied(base.vae)
     texts = {name: getattr(base, name) for name in ("text_encoder", "text_encoder_2")}
     if float32:
         texts = {name: _copied(model) for name, model in texts.items()}
@@ -74,8 +76,9 @@ def twin(
     return pipe
 
 
-def _copied(model: nn.Module) -> nn.Module:
-    return share_weights(model, type(model), type(model))
+def _copied(model: Any) -> Any:
+    """New modules over the very parameters and buffers of `model`."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
 
 
 def _replace_weights(model: nn.Module, float32: bool, channels_last: bool, always: bool) -> None:

@@ -71,9 +71,9 @@ def _full_size_step(where) -> dict | None:
     """Time a step of SDXL's UNet at full size, stock and fast in turn; None where it does not fit."""
     from ..bench.ladder import rungs_for
     from ..bench.run import run_ladder
-    from ..bench.settings import Settings
-    from ..bench.table import table
-    from ..bench.timing import free_memory
+    from ..bench.settings import REFERENCE, Settings
+    from ..bench.table import ratio, seconds, shows_nothing
+    from ..bench.timing import free_memory, spread
     from ..config import FastConfig
     from ..pipelines.checkpoints import loading_dtype
 
@@ -93,6 +93,19 @@ def _full_size_step(where) -> dict | None:
         rounds=5,
         seconds=15,
     )
-    results = run_ladder(settings, rungs_for(settings, ["balanced"]))
-    print(table(results))
-    return results
+    # Stock is timed beside the default in any case, and needs no turn of its own.
+    results = run_ladder(settings, [rung for rung in rungs_for(settings, ["balanced"]) if rung.name != REFERENCE])
+    rung = results["rungs"]["balanced"]
+    own, ratios = rung["times"]["step"], rung["ratios"]["step"][REFERENCE]
+    beside = spread([mine * times for mine, times in zip(own["all"], ratios["all"], strict=True)])
+    print(f"     {'stock diffusers':<20}{seconds(beside['median']):>8}  ({_range(beside)})")
+    print(f"     {'fastdiff':<20}{seconds(own['median']):>8}  ({_range(own)})   stock / fastdiff = {ratio(ratios)}")
+    if shows_nothing(ratios):
+        print("     no result: the ratio spreads over 1, or comes from too few rounds")
+    return {**results, "stock": beside, "fast": own, "ratio": ratios}
+
+
+def _range(times: dict) -> str:
+    from ..bench.table import seconds
+
+    return f"{seconds(times['min'])} - {seconds(times['max'])}"

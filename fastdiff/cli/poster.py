@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 from ..bench.machine import describe
-from ..bench.settings import REFERENCE
-from ..bench.table import seconds, shown_rungs, shows_nothing, title
+from ..bench.table import seconds, shows_nothing, title
 
 _CELL, _GAP, _MARGIN, _BAR = 176, 12, 40, 34
 _INK, _FAINT, _PAPER = "#1c2330", "#68707f", "#ffffff"
-_COLOURS = {"stock": "#a9b1bd", "fastdiff": "#2f7de1", "peer": "#c9a24b"}
+_COLOURS = {"stock": "#a9b1bd", "fastdiff": "#2f7de1"}
 _NAMES = {"stock": "stock diffusers", "fastdiff": "fastdiff"}
 
 
@@ -23,10 +22,10 @@ def poster(prompts: Sequence[str], stock: list, fast: list, closeness: float, re
     Args:
         stock, fast: a picture for each prompt.
         closeness: the least PSNR of two pictures that belong together, in dB.
-        results: of the ladder, for the bars; None leaves them out.
+        results: of the ladder, with the spreads `stock`, `fast` and `ratio` for the bars; None leaves them out.
     """
     width = 2 * _MARGIN + len(prompts) * (_CELL + _GAP) - _GAP
-    bars = 0 if results is None else 150 + len(shown_rungs(results)) * (_BAR + 14)
+    bars = 0 if results is None else 150 + 2 * (_BAR + 14)
     sheet = Image.new("RGB", (width, 2 * (_CELL + 40) + 190 + bars), _PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((_MARGIN, 28), "fastdiff: the same pictures, sooner", fill=_INK, font=_font(30))
@@ -54,21 +53,18 @@ def _rows(sheet, pen, y: int, prompts: Sequence[str], rows: dict[str, list], clo
 def _bars(pen, y: int, width: int, results: dict) -> int:
     pen.text((_MARGIN, y), title(results).replace("sdxl-random", "SDXL at full size"), fill=_INK, font=_font(20))
     y += 40
-    rungs = [
-        (rung["label"], rung["kind"], rung["times"]["step"], rung["ratios"]["step"])
-        for rung in shown_rungs(results)
-    ]
-    longest = max(times["median"] for _, _, times, _ in rungs)
-    left, span = _MARGIN + 330, width - 2 * _MARGIN - 330 - 260
-    for label, kind, times, ratios in rungs:
-        name = "stock diffusers" if kind == "stock" else label.partition(":")[0]
-        pen.text((_MARGIN, y + 8), name, fill=_INK, font=_font(16))
+    rows = {"stock": results["stock"], "fastdiff": results["fast"]}
+    longest = max(times["median"] for times in rows.values())
+    left, span = _MARGIN + 180, width - 2 * _MARGIN - 180 - 260
+    for who, times in rows.items():
+        pen.text((_MARGIN, y + 8), _NAMES[who], fill=_INK, font=_font(16))
         length = max(2, round(span * times["median"] / longest))
-        pen.rounded_rectangle((left, y, left + length, y + _BAR), 5, fill=_COLOURS[kind])
-        beside = ratios[REFERENCE]
-        result = "no difference shown" if shows_nothing(beside) else f"{beside['median']:.2f} times as fast"
-        faster = "" if kind == "stock" else f"   {result}"
-        pen.text((left + length + 10, y + 8), seconds(times["median"]) + faster, fill=_INK, font=_font(16))
+        pen.rounded_rectangle((left, y, left + length, y + _BAR), 5, fill=_COLOURS[who])
+        beside = "no difference shown" if shows_nothing(results["ratio"]) else (
+            f"{results['ratio']['median']:.2f} times as fast"
+        )
+        text = seconds(times["median"]) + ("" if who == "stock" else f"   {beside}")
+        pen.text((left + length + 10, y + 8), text, fill=_INK, font=_font(16))
         y += _BAR + 14
     pen.text((_MARGIN, y + 6), f"{describe(results['machine'])}; timed in turn, medians", fill=_FAINT, font=_font(13))
     return y + 30

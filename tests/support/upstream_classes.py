@@ -15,25 +15,7 @@ import diffusers
 import fastdiff
 from fastdiff import FastConfig
 
-_NAMES = (
-    "AutoencoderKL",
-    "ControlNetModel",
-    "DDIMScheduler",
-    "DPMSolverMultistepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "LCMScheduler",
-    "StableDiffusionXLControlNetImg2ImgPipeline",
-    "StableDiffusionXLControlNetInpaintPipeline",
-    "StableDiffusionXLControlNetPipeline",
-    "StableDiffusionXLImg2ImgPipeline",
-    "StableDiffusionXLInpaintPipeline",
-    "StableDiffusionXLPipeline",
-    "TCDScheduler",
-    "UNet2DConditionModel",
-    "UniPCMultistepScheduler",
-)
+_NAMES = [name.removeprefix("Fast") for name in fastdiff.__all__ if hasattr(diffusers, name.removeprefix("Fast"))]
 
 
 def pytest_configure() -> None:
@@ -42,9 +24,4 @@ def pytest_configure() -> None:
     # Upstream compares with what it computes in float32; "exact" is what claims to be equal.
     FastConfig.resolve = lambda fast: resolve("exact" if fast is None else fast)
     for name in _NAMES:
-        fast = getattr(fastdiff, f"Fast{name}", None)
-        if fast is None:
-            from fastdiff import models
-
-            fast = getattr(models, f"Fast{name}")
-        setattr(diffusers, name, fast)
+        setattr(diffusers, name, getattr(fastdiff, f"Fast{name}"))
