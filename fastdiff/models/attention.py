@@ -121,9 +121,15 @@ class FastAttention(Attention):
 
     def show_parts(self) -> None:
         """Have the parts of a fused projection stand where stock's are, so that an adapter finds them."""
+        if not self.is_fused or all(name in self._modules for name in _PARTS):
+            return
         for index, name in enumerate(_PARTS):
-            if self.is_fused and name not in self._modules:
+            if name not in self._modules:
                 setattr(self, name, FusedPart.of(self, index))
+        # In stock's order, in which adapters are drawn at random.
+        for name in (*_PARTS, "to_qkv", "to_out"):
+            if name in self._modules:
+                self._modules[name] = self._modules.pop(name)
 
     def _hide_parts(self) -> None:
         """Let go of the separate weights: where an adapter is, a part stays without."""
