@@ -37,9 +37,9 @@ class FastConfig:
     Args:
         compile: `"regional"` compiles the repeated blocks, `"full"` the whole UNet and VAE decoder, `"off"` nothing;
             `"auto"` chooses by device and model size.
-        quantization: a scheme of `QUANTIZATION_SCHEMES`; `"auto"` takes the one of the device, on CPUs where it was
-            measured to win (AMX, large models that are not compiled), `"none"` leaves the weights alone. Every scheme
-            changes results, and its first call lets go of the plain weights.
+        quantization: a scheme of `QUANTIZATION_SCHEMES`; `"auto"` takes the one of the device, on CPUs in those layers
+            where it is measured to win (large models that are not compiled), `"none"` leaves the weights alone. Every
+            scheme changes results, and its first call lets go of the plain weights.
         fuse_qkv: one self-attention projection in place of three, in shared storage.
         context_cache: cross-attention keys and values computed once per prompt, not once per step.
         channels_last: NHWC memory format for convolutions.
@@ -55,6 +55,10 @@ class FastConfig:
             the steps, for example `(0.1, 0.8)`; outside of it the UNet does half the work.
         deep_cache_interval: lossy. The UNet's inner blocks run in every n-th step only, for example 2 or 3; not with
             `compile="full"` or `cuda_graphs=True`, which take the UNet as one piece.
+        tuning: where the measurements are kept by which large models choose on CPUs: `"auto"` is a file in the user's
+            cache folder, anything else the path of one, which workers may share so that they draw the same bits.
+            What it lacks is measured at the first plan, in seconds. `"off"` measures nothing and takes a shipped
+            table.
 
     Raises:
         TypeError: a field that does not exist.
@@ -72,6 +76,7 @@ class FastConfig:
     dtype: str | torch.dtype = "auto"
     guidance_interval: tuple[float, float] | None = None
     deep_cache_interval: int | None = None
+    tuning: str = "auto"
 
     def __post_init__(self) -> None:
         _check_choice("compile", self.compile, COMPILE_MODES)
@@ -84,6 +89,8 @@ class FastConfig:
                 raise ValueError(f'FastConfig.{name} must be "auto", True or False, not {getattr(self, name)!r}.')
         if self.dtype not in ("auto", "stock") and not isinstance(self.dtype, torch.dtype):
             raise ValueError(f'FastConfig.dtype must be "auto", "stock" or a torch.dtype, not {self.dtype!r}.')
+        if not isinstance(self.tuning, str) or not self.tuning:
+            raise ValueError(f'FastConfig.tuning must be "auto", "off" or the path of a file, not {self.tuning!r}.')
         _check_guidance_interval(self.guidance_interval)
         _check_deep_cache_interval(self.deep_cache_interval)
         if self.deep_cache_interval is not None and (self.compile == "full" or self.cuda_graphs is True):
@@ -126,7 +133,7 @@ class FastConfig:
     @property
     def is_off(self) -> bool:
         """True when nothing at all is to be applied, so that the stock classes stay in place."""
-        return self == FastConfig.preset("off", dtype=self.dtype)
+        return self == FastConfig.preset("off", dtype=self.dtype, tuning=self.tuning)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

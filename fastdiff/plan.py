@@ -7,8 +7,9 @@ This is the only file that knows the order:
     memory format    before fusing and compiling, so that graphs see the final strides
     fuse             before quantizing, so that the fused weight is what gets quantized
     context cache    reads the projections as they are in the end; holds no weights
-    quantize         before compiling, so that the graph contains the quantized kernels
-    pack             after quantizing, which takes plain layers; not what is going to be compiled
+    quantize         before compiling, so that the graph contains the quantized kernels; on CPUs where it was measured
+                     to win on this machine
+    pack             what is not quantized, where that wins; not what is going to be compiled
     compile          last on the weights' side: what changes afterwards would recompile
     lossy options    hooks around the models and around whole blocks, which must wrap compiled code
     capture          around everything, over compiled code
@@ -16,10 +17,9 @@ This is the only file that knows the order:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
+from .choices import FormChoices, choose_for_pipeline
 from .compiler.compilation import (
     apply_compilation,
     choose_compile,
@@ -41,7 +41,9 @@ from .models.offload import inner_offloading
 from .models.unet import FastUNet2DConditionModel
 from .models.vae import FastAutoencoderKL
 from .schedulers import fast_scheduler
+from .steps import PlanStep
 from .weights import (
+    PackingChoice,
     apply_packing,
     apply_quantization,
     check_scheme,
@@ -52,24 +54,6 @@ from .weights import (
     remove_quantization,
 )
 
-
-@dataclass(frozen=True)
-class PlanStep:
-    """One step of the plan.
-
-    Attributes:
-        name: what is done.
-        applied: whether it is done on this machine with this configuration.
-        reason: why, or why not.
-        lossless: whether results equal stock's within rounding.
-    """
-
-    name: str
-    applied: bool
-    reason: str
-    lossless: bool = True
-
-
 _OFF = "switched off by FastConfig.{}"
 
 
@@ -79,12 +63,14 @@ class Plan:
     Args:
         device: where the models run, which with offloading is not where they are.
         controlnets: fast ControlNets, treated as the UNet is.
+        bar: arguments of progress bars.
     """
 
-    def __init__(self, config: FastConfig, unet, vae, scheduler, controlnets=(), device=None):
+    def __init__(self, config: FastConfig, unet, vae, scheduler, controlnets=(), device=None, bar=None):
         self.config, self.unet, self.vae, self.scheduler = config, unwrapped(unet), unwrapped(vae), scheduler
         self.controlnets, self.device = [unwrapped(net) for net in controlnets], device or unet.device
-        self.denoisers = [self.unet, *self.controlnets]
+        self.denoisers, self.bar = [self.unet, *self.controlnets], bar or {}
+        self.forms: dict[object, FormChoices] = {}
         components = (unet, *controlnets, vae)
         self.by_user = {id(unwrapped(c)): how for c in components if (how := compiled_by_user(c)) is not None}
         for component in components:
@@ -124,9 +110,9 @@ class Plan:
             return
         remove_graphs((*self.denoisers, self.vae))
         remove_deep_cache(self.unet)
-        for model in self.denoisers:
+        for model in self._with_forms():
             remove_quantization(model)
-            apply_packing(model, False)
+            apply_packing(model, ())
         if inner_offloading(self.unet) is None:
             self._channels_last()
             self._fuse() if fused else self._unfuse()
@@ -212,23 +198,48 @@ class Plan:
             needed=sum(memory_needed(model) for model in self.denoisers),
         )
         if choice.scheme is None or (offloading is not None and fixed is None):
-            for model in self.denoisers:
+            for model in self._with_forms():
                 remove_quantization(model)
             reason = choice.reason if choice.scheme is None else f"not with {offloading}"
             return PlanStep(name, False, reason, lossless=False)
-        records = [apply_quantization(model, choice.scheme, choice.reason) for model in self.denoisers]
-        return PlanStep(name, any(r.taken for r in records), "; ".join(r.describe() for r in records), lossless=False)
+        if choice.scheme == "int8-dynamic" and self.device.type == "cpu" and fixed is None:
+            self._choose_forms(int8=True)
+        records = []
+        for model in self._with_forms() if self.forms else self.denoisers:
+            chosen = self.forms.get(model)
+            reason = choice.reason if chosen is None else f"{choice.reason}, {chosen.describe('int8')}"
+            taken = None if chosen is None else chosen.taking("int8")
+            records.append(apply_quantization(model, choice.scheme, reason, chosen=taken))
+        reasons = dict.fromkeys(record.describe() for record in records if record.taken or not self.forms)
+        return PlanStep(name, any(r.taken for r in records), "; ".join(reasons) or choice.reason, lossless=False)
 
     def _pack(self) -> PlanStep:
-        compiled, shared = self._is_compiled(), self._is_shared()
-        choice = choose_packing(
-            self.config.pack_weights, self.unet, self.device, is_compiled=compiled, is_shared=shared
-        )
-        if choice.enabled and (offloading := inner_offloading(self.unet)) is not None:
+        choice, offloading = self._packing_choice(), inner_offloading(self.unet)
+        if choice.enabled and offloading is not None:
             return PlanStep("pack_weights", False, f"{offloading} moves weights")
-        packed = sum(apply_packing(model, choice.enabled) for model in self.denoisers)
-        reason = f"{packed} layers: {choice.reason}" if choice.enabled else choice.reason
-        return PlanStep("pack_weights", choice.enabled, reason)
+        if choice.enabled and not self.forms:
+            self._choose_forms(int8=False)
+        packed = 0
+        for model in self._with_forms():
+            packed += apply_packing(model, self.forms[model].taking("packed") if choice.enabled else ())
+        if not choice.enabled:
+            return PlanStep("pack_weights", False, choice.reason)
+        reason = f"{packed} layers, {self.forms[self.unet].describe('packed')}: {choice.reason}"
+        return PlanStep("pack_weights", packed > 0, reason)
+
+    def _choose_forms(self, int8: bool) -> None:
+        can_pack = self._packing_choice().enabled and inner_offloading(self.unet) is None
+        vae = [model for model in self._with_forms() if model is self.vae]
+        self.forms = choose_for_pipeline(self.denoisers, vae, self.config, int8=int8, can_pack=can_pack, bar=self.bar)
+
+    def _with_forms(self) -> list:
+        """The models whose layers may take other forms: on CPUs the VAE is one of them."""
+        on_cpu = isinstance(self.vae, FastAutoencoderKL) and self.device.type == "cpu"
+        return [*self.denoisers, *([self.vae] if on_cpu and self.vae.shares_weights_with() is None else [])]
+
+    def _packing_choice(self) -> PackingChoice:
+        compiled, shared = self._is_compiled(), self._is_shared()
+        return choose_packing(self.config.pack_weights, self.unet, self.device, is_compiled=compiled, is_shared=shared)
 
     def _is_shared(self) -> bool:
         return any(model.shares_weights_with() is not None for model in self.denoisers)
@@ -306,13 +317,3 @@ def weights_state(unet, components: tuple) -> tuple:
 
 def _is_fast(scheduler) -> bool:
     return type(scheduler).__qualname__.startswith("Fast")
-
-
-def format_plan(steps: list[PlanStep], header: str) -> str:
-    """Render steps as a table: mark, name, lossless or lossy, reason."""
-    width = max(len(step.name) for step in steps)
-    rows = [header]
-    for step in steps:
-        kind = "lossless" if step.lossless else "lossy"
-        rows.append(f"  {'on ' if step.applied else 'off'}  {step.name:<{width}}  {kind:<8}  {step.reason}")
-    return "\n".join(rows)

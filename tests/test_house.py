@@ -24,10 +24,12 @@ MAY_IMPORT = {
     "compiler": {"models"},
     "graphs": {"models"},
     "shapes": set(),
+    "steps": set(),
 }
 LOW = set(MAY_IMPORT)
-MAY_IMPORT["plan"] = LOW
-MAY_IMPORT["pipelines"] = {*LOW, "plan"}
+MAY_IMPORT["choices"] = {"config", "tuning", "weights"}
+MAY_IMPORT["plan"] = {*LOW, "choices"}
+MAY_IMPORT["pipelines"] = {*LOW, "choices", "plan"}
 MAY_IMPORT["shapes.training"] = {*LOW, "plan", "pipelines"}
 MAY_IMPORT["bench"] = MAY_IMPORT["scale"] = {*LOW, "plan", "pipelines", "shapes.training"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "cli"}

@@ -26,7 +26,8 @@ from ..models.base import unwrapped
 from ..models.controlnet import FastControlNetModel, fast_controlnets
 from ..models.finite import FiniteCheck, NonFiniteError
 from ..models.unet import FastUNet2DConditionModel
-from ..plan import Plan, PlanStep, format_plan, weights_state
+from ..plan import Plan, weights_state
+from ..steps import PlanStep, format_plan
 from ..weights import remember_plain, restore_plain, save_quantized
 from .components import check_components, convert_component
 from .loading import FastLoadingMixin, loading_config
@@ -215,7 +216,8 @@ class FastPipelineMixin(WarmupMixin, FastLoadingMixin, metaclass=StandIn):
     def _new_plan(self) -> Plan:
         controlnets = fast_controlnets(getattr(self, "controlnet", None))
         device = self._execution_device
-        return Plan(self.fast_config, self.unet, self.vae, self.scheduler, controlnets, device)
+        bar = getattr(self, "_progress_bar_config", {})
+        return Plan(self.fast_config, self.unet, self.vae, self.scheduler, controlnets, device, bar)
 
     def enable_sequential_cpu_offload(self, *args, **kwargs) -> None:
         """As upstream. Projections stay separate, and nothing is compiled or quantized any more."""
