@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from .config import FastConfig
-from .tuning import PLAIN, choose, input_shapes, layer_key, layer_questions, tuner_of
+from .models.base import FastModelMixin
+from .models.memory_format import apply_channels_last
+from .tuning import PLAIN, Answers, Outcome, Tuner, choose, input_shapes, layer_key, layer_questions, tuner_of
 from .weights.native import load_kernels
 from .weights.places import CANDIDATES, INT8, PACKED, places, shipped_choice
 
@@ -79,8 +84,6 @@ def choose_forms(
     allowed: Collection[str],
     asked: Collection[str] = (),
     bar: dict | None = None,
-    side: int | None = None,
-    again: bool = False,
 ) -> FormChoices:
     """Choose, by measurement where the model is of some size, or forms are asked for by name.
 
@@ -90,22 +93,12 @@ def choose_forms(
         allowed: names of the forms that may be taken where they win.
         asked: names of those that are taken wherever they are right and not much too slow.
         bar: arguments of the progress bar.
-        side: of the latents to measure at, in place of the model's own.
-        again: measure anew.
     """
     found, allowed = places(model), {*allowed, *asked}
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    answers = {}
+    answers: Answers = {}
     if tuning != "off" and allowed and (parameters >= MIN_PARAMETERS or asked):
-        facts = {"activations": "operators" if load_kernels() is None else "compiled"}
-        device = next(model.parameters()).device
-        answers = tuner_of(tuning, device, tuple(facts.items())).ask(
-            map(layer_key, found.values()),
-            lambda keys: layer_questions(found, CANDIDATES, keys, lambda: input_shapes(model, side)),
-            bar,
-            again,
-            min(_MAX_SECONDS, _SECONDS_PER_PARAMETER * parameters),
-        )
+        answers = _measured(model, found, tuning, bar, min(_MAX_SECONDS, _SECONDS_PER_PARAMETER * parameters))
     forms: dict[str, str] = {}
     ratios: dict[str, list[float]] = {}
     refused: dict[str, set[str]] = {}
@@ -124,3 +117,60 @@ def choose_forms(
         if forms[name] != PLAIN:
             ratios.setdefault(forms[name], []).append(outcomes[forms[name]].ratio[1])
     return FormChoices(forms, {form: (min(all_), max(all_)) for form, all_ in ratios.items()}, refused)
+
+
+def tuned_models(pipe: Any) -> list[Any]:
+    """The models of a fast pipeline whose forms are chosen by measurement; none with preset "off"."""
+    models = [pipe.unet, getattr(pipe, "controlnet", None), pipe.vae]
+    return [model for model in models if isinstance(model, FastModelMixin)]
+
+
+def measured_table(models: list[Any], tuning: str, side: int | None) -> tuple[list[str], Path]:
+    """Measure anew, whatever is known; returns a line for each distinct shape, and the file that remembers.
+
+    Args:
+        models: on a CPU.
+        tuning: of `FastConfig`.
+        side: of the latents to measure at; the models' own if None.
+    """
+    lines = []
+    for model in models:
+        apply_channels_last(model, True)
+        found = places(model)
+        counts = Counter(map(layer_key, found.values()))
+        for key, outcomes in _measured(model, found, tuning, None, _MAX_SECONDS, side, again=True).items():
+            fits = tuple(name for name in outcomes if name != PLAIN)
+            shown = ", ".join(_show(name, outcome) for name, outcome in outcomes.items())
+            lines.append(f"{counts[key]:4} x {key}: {shown}; taken: {choose(outcomes, fits)}")
+    return lines, _tuner(models[0], tuning).record.path
+
+
+def _show(name: str, outcome: Outcome) -> str:
+    if outcome.refused is not None:
+        return f"{name} refused ({outcome.refused})"
+    low, middle, high = outcome.ratio
+    times = "" if name == PLAIN else f" ({middle:.2f} times plain, {low:.2f} to {high:.2f})"
+    return f"{name} {outcome.ms:.3g} ms{times}"
+
+
+def _measured(
+    model: Any,
+    found: dict[str, Any],
+    tuning: str,
+    bar: dict | None,
+    seconds: float,
+    side: int | None = None,
+    again: bool = False,
+) -> Answers:
+    return _tuner(model, tuning).ask(
+        map(layer_key, found.values()),
+        lambda keys: layer_questions(found, CANDIDATES, keys, lambda: input_shapes(model, side)),
+        bar,
+        again,
+        seconds,
+    )
+
+
+def _tuner(model: Any, tuning: str) -> Tuner:
+    activations = "operators" if load_kernels() is None else "compiled"
+    return tuner_of(tuning, next(model.parameters()).device, (("activations", activations),))

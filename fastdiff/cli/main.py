@@ -9,7 +9,7 @@ import sys
 import warnings
 
 from ..errors import UsageError
-from . import batch, bench, explain, generate, serve, warmup
+from . import batch, bench, explain, generate, serve, tune, warmup
 from .arguments import Parser
 
 
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="fastdiff", description="Stable Diffusion XL at hardware speed.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for command in (generate, explain, warmup, bench, batch, serve):
+    for command in (generate, explain, warmup, tune, bench, batch, serve):
         command.add_command(commands)
     return parser
 
