@@ -38,9 +38,9 @@ class FastConfig:
     Args:
         compile: `"regional"` compiles the repeated blocks, `"full"` the whole UNet and VAE decoder, `"off"` nothing;
             `"auto"` chooses by device and model size.
-        quantization: a scheme of `QUANTIZATION_SCHEMES`; `"auto"` takes the one of the device, on CPUs where it was
-            measured to win (AMX, large models that are not compiled), `"none"` leaves the weights alone. Every scheme
-            changes results, and its first call lets go of the plain weights.
+        quantization: a scheme of `QUANTIZATION_SCHEMES`; `"auto"` takes the one of the device, on CPUs in those layers
+            where it is measured to win (large models that are not compiled), `"none"` leaves the weights alone. Every
+            scheme changes results, and its first call lets go of the plain weights.
         fuse_qkv: one self-attention projection in place of three, in shared storage.
         context_cache: cross-attention keys and values computed once per prompt, not once per step.
         channels_last: NHWC memory format for convolutions.
@@ -58,6 +58,10 @@ class FastConfig:
             `compile="full"` or `cuda_graphs=True`, which take the UNet as one piece.
         strict: an optimisation that fails on this machine raises its error. By default it is taken off with one
             warning, and the picture is drawn.
+        tuning: where the measurements are kept by which large models choose on CPUs: `"auto"` is a file in the user's
+            cache folder, anything else the path of one, which workers may share so that they draw the same bits.
+            What it lacks is measured at the first plan, in seconds. `"off"` measures nothing and takes a shipped
+            table.
 
     Raises:
         TypeError: a field that does not exist.
@@ -76,6 +80,7 @@ class FastConfig:
     guidance_interval: tuple[float, float] | None = None
     deep_cache_interval: int | None = None
     strict: bool = False
+    tuning: str = "auto"
 
     def __post_init__(self) -> None:
         _check_choice("compile", self.compile, COMPILE_MODES)
@@ -87,6 +92,8 @@ class FastConfig:
             if getattr(self, name) != "auto" and not isinstance(getattr(self, name), bool):
                 raise ValueError(f'FastConfig.{name} must be "auto", True or False, not {getattr(self, name)!r}.')
         _check_dtype(self.dtype)
+        if not isinstance(self.tuning, str) or not self.tuning:
+            raise ValueError(f'FastConfig.tuning must be "auto", "off" or the path of a file, not {self.tuning!r}.')
         _check_guidance_interval(self.guidance_interval)
         _check_deep_cache_interval(self.deep_cache_interval)
         if self.deep_cache_interval is not None and (self.compile == "full" or self.cuda_graphs is True):
@@ -129,7 +136,7 @@ class FastConfig:
     @property
     def is_off(self) -> bool:
         """True when nothing at all is to be applied, so that the stock classes stay in place."""
-        return self == FastConfig.preset("off", dtype=self.dtype, strict=self.strict)
+        return self == FastConfig.preset("off", dtype=self.dtype, strict=self.strict, tuning=self.tuning)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -7,8 +7,9 @@ This is the only file that knows the order:
     memory format    before fusing and compiling, so that graphs see the final strides
     fuse             before quantizing, so that the fused weight is what gets quantized
     context cache    reads the projections as they are in the end; holds no weights
-    quantize         before compiling, so that the graph contains the quantized kernels
-    pack             after quantizing, which takes plain layers; not what is going to be compiled
+    quantize         before compiling, so that the graph contains the quantized kernels; on CPUs where it was measured
+                     to win on this machine
+    pack             what is not quantized, where that wins; not what is going to be compiled
     compile          last on the weights' side: what changes afterwards would recompile
     lossy options    hooks around the models and around whole blocks, which must wrap compiled code
     capture          around everything, over compiled code
@@ -21,6 +22,7 @@ from dataclasses import replace
 
 import torch
 
+from .choices import FormChoices
 from .compiler import apply_compilation, choose_compile, compiled_by_user, expect_new_graphs, undo_compilation
 from .config import FastConfig
 from .failures import Failures, is_answer
@@ -31,7 +33,6 @@ from .lossy.guidance_interval import apply_guidance_interval
 from .models.attention import FastAttention
 from .models.base import FastModelMixin, casts_layerwise, prepare_compiled, unwrapped
 from .models.context import ContextKV
-from .models.form import quantized_by_hand
 from .models.group_norm import why_no_kernels
 from .models.memory_format import apply_channels_last
 from .models.offload import inner_offloading
@@ -39,14 +40,9 @@ from .models.unet import FastUNet2DConditionModel
 from .models.vae import FastAutoencoderKL
 from .schedulers import fast_scheduler
 from .steps import PlanStep
+from .weight_steps import WeightSteps
 from .weights import (
     apply_packing,
-    apply_quantization,
-    check_scheme,
-    choose_packing,
-    choose_quantization,
-    fixed_scheme,
-    memory_needed,
     remove_quantization,
 )
 
@@ -54,21 +50,23 @@ _OFF = "switched off by FastConfig.{}"
 _ONE_GRAPH = "you compiled the UNet, whose graph is the same in each step"
 
 
-class Plan:
+class Plan(WeightSteps):
     """The ordered steps for one pipeline: decided once for its device, applied once, then only read.
 
     Args:
         device: where the models run, which with offloading is not where they are.
         controlnets: fast ControlNets, treated as the UNet is.
         failures: the steps that failed before, which are left out.
+        bar: arguments of progress bars.
     """
 
-    def __init__(self, config: FastConfig, unet, vae, scheduler, controlnets=(), device=None, failures=None):
+    def __init__(self, config: FastConfig, unet, vae, scheduler, controlnets=(), device=None, failures=None, bar=None):
         self.failures = failures or Failures(config.strict)
         self.config, self.scheduler = self.failures.without(config), scheduler
         self.unet, self.vae = unwrapped(unet), unwrapped(vae)
         self.controlnets, self.device = [unwrapped(net) for net in controlnets], device or unet.device
-        self.denoisers = [self.unet, *self.controlnets]
+        self.denoisers, self.bar = [self.unet, *self.controlnets], bar or {}
+        self.forms: dict[object, FormChoices] = {}
         components = (unet, *controlnets, vae)
         self.by_user = {id(unwrapped(c)): how for c in components if (how := compiled_by_user(c)) is not None}
         for component in components:
@@ -131,9 +129,9 @@ class Plan:
             return
         remove_graphs((*self.denoisers, self.vae))
         remove_deep_cache(self.unet)
-        for model in self.denoisers:
+        for model in self._with_forms():
             remove_quantization(model)
-            apply_packing(model, False)
+            apply_packing(model, ())
         if inner_offloading(self.unet) is None:
             self._channels_last()
             self._fuse() if fused else self._unfuse()
@@ -210,50 +208,6 @@ class Plan:
             return PlanStep("context_cache", False, _OFF.format("context_cache"))
         layers = sum(len(model.context_cache.layers) for model in self.denoisers)
         return PlanStep("context_cache", True, f"keys and values of {layers} layers once per prompt")
-
-    def _quantize(self) -> PlanStep:
-        name, offloading = "quantize", inner_offloading(self.unet)
-        if by_hand := sum(map(quantized_by_hand, self.denoisers)):
-            return PlanStep(name, False, f"{by_hand} layers are quantized by you, and left so", lossless=False)
-        fixed = next((scheme for model in self.denoisers if (scheme := fixed_scheme(model))), None)
-        for model in self.denoisers:
-            check_scheme(model, self.config.quantization)
-        choice = choose_quantization(
-            # What was loaded quantized stays so, and has to be possible where it is now.
-            fixed or self.config.quantization,
-            self.device,
-            self.unet.dtype,
-            parameters=sum(parameter.numel() for parameter in self.unet.parameters()),
-            is_compiled=self._is_compiled(),
-            is_shared=self._is_shared(),
-            needed=sum(memory_needed(model) for model in self.denoisers),
-        )
-        if choice.scheme is None or (offloading is not None and fixed is None):
-            for model in self.denoisers:
-                remove_quantization(model)
-            reason = choice.reason if choice.scheme is None else f"not with {offloading}"
-            return PlanStep(name, False, reason, lossless=False)
-        records = [apply_quantization(model, choice.scheme, choice.reason) for model in self.denoisers]
-        return PlanStep(name, any(r.taken for r in records), "; ".join(r.describe() for r in records), lossless=False)
-
-    def _pack(self) -> PlanStep:
-        compiled, shared = self._is_compiled(), self._is_shared()
-        choice = choose_packing(
-            self.config.pack_weights, self.unet, self.device, is_compiled=compiled, is_shared=shared
-        )
-        if choice.enabled and (offloading := inner_offloading(self.unet)) is not None:
-            return PlanStep("pack_weights", False, f"{offloading} moves weights")
-        packed = sum(apply_packing(model, choice.enabled) for model in self.denoisers)
-        reason = f"{packed} layers: {choice.reason}" if choice.enabled else choice.reason
-        return PlanStep("pack_weights", choice.enabled, reason)
-
-    def _is_shared(self) -> bool:
-        return any(model.shares_weights_with() is not None for model in self.denoisers)
-
-    def _is_compiled(self) -> bool:
-        # Or not by us, but by the user.
-        planned = choose_compile(self.config.compile, self.unet, self.device).mode != "off"
-        return planned or any(id(model) in self.by_user for model in self.denoisers)
 
     def _compile(self) -> PlanStep:
         choice = choose_compile(self.config.compile, self.unet, self.device)

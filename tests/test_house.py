@@ -31,8 +31,10 @@ MAY_IMPORT = {
     "steps": set(),
 }
 LOW = set(MAY_IMPORT)
-MAY_IMPORT["plan"] = LOW
-MAY_IMPORT["pipelines"] = {*LOW, "plan"}
+MAY_IMPORT["choices"] = {"config", "models", "tuning", "weights"}
+MAY_IMPORT["weight_steps"] = {*LOW, "choices"}
+MAY_IMPORT["plan"] = {*LOW, "weight_steps", "choices"}
+MAY_IMPORT["pipelines"] = {*LOW, "plan", "weight_steps", "choices"}
 MAY_IMPORT["shapes.training"] = {*LOW, "plan", "pipelines"}
 MAY_IMPORT["bench"] = MAY_IMPORT["scale"] = {*LOW, "plan", "pipelines", "shapes.training"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "cli"}

@@ -11,6 +11,7 @@ schemes take by default, so every layer that is eligible by role is quantized th
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import statistics
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import nn
 from torchao.quantization import quantize_
@@ -30,7 +30,7 @@ from ..config import FastConfig
 from ..models.unet import FastUNet2DConditionModel
 from ..pipelines.sdxl import FastStableDiffusionXLPipeline
 from ..weights import apply_quantization, plain_layers
-from ..weights.int8 import Int8Linear
+from ..weights.int8 import Int8Conv2d, Int8Linear
 from ..weights.quantization import uses_onednn
 from ..weights.torchao_form import torchao_config
 from .sdxl_random import random_unet
@@ -42,7 +42,7 @@ CPU_SCHEMES = ("int8-dynamic", "int8-weight-only")
 
 @torch.no_grad()
 def layer_errors(
-    unet: UNet2DConditionModel, inputs: dict, scheme: str, min_width: int | None = None
+    unet: UNet2DConditionModel, inputs: dict, scheme: str, min_weights: int = 512 * 512
 ) -> dict[str, dict[str, float]]:
     """How far each quantized layer's output is from float32's, on the inputs that it really gets.
 
@@ -50,12 +50,12 @@ def layer_errors(
         unet: plain, fused as it will run; it is left as it is.
         inputs: of one forward.
         scheme: to take the layers of.
-        min_width: see `apply_quantization`.
+        min_weights: see `apply_quantization`.
 
     Returns:
         By name, worst first: `"quantized"` and `"plain"`, each |difference| / |float32 output|.
     """
-    layers, _ = plain_layers(unet, scheme, min_width)
+    layers, _ = plain_layers(unet, scheme, min_weights)
     found: dict[str, dict[str, float]] = {}
     with _watched(layers, lambda name, layer, x, y: found.update({name: _errors(layer, x, y, scheme)})):
         unet(**inputs)
@@ -113,7 +113,7 @@ def picture_rows(schemes: tuple[str, ...], count: int, steps: int, batch: int) -
         pipe = FastStableDiffusionXLPipeline.from_pretrained(EMBEDDED_CHECKPOINT, fast=fast)
         pipe.set_progress_bar_config(disable=True)
         assert pipe.plan, "fuses, and finds every layer too small"
-        layers = 0 if scheme == "none" else apply_quantization(pipe.unet, scheme, min_width=1).taken
+        layers = 0 if scheme == "none" else apply_quantization(pipe.unet, scheme, min_weights=1).taken
         captions = [caption(scene) for scene in scenes]
         pictures = evaluate.draw(pipe, captions, batch, steps, evaluate.GUIDANCE_SCALE)
         reference = reference or pictures
@@ -137,16 +137,15 @@ def _watched(layers: dict[str, nn.Linear], look: Callable[..., None]) -> Iterato
             hook.remove()
 
 
-def _errors(layer: nn.Linear, x: torch.Tensor, plain: torch.Tensor, scheme: str) -> dict[str, float]:
-    bias = None if layer.bias is None else layer.bias.float()
-    reference = F.linear(x.float(), layer.weight.float(), bias)
-    twin = nn.Linear(1, 1, bias=bias is not None, device="meta")
-    twin.in_features, twin.out_features = layer.in_features, layer.out_features
-    twin.weight, twin.bias = layer.weight, layer.bias
-    if uses_onednn(scheme, layer):
-        Int8Linear.make(twin)
-    else:
+def _errors(layer: Any, x: torch.Tensor, plain: torch.Tensor, scheme: str) -> dict[str, float]:
+    twin = copy.deepcopy(layer)
+    reference = copy.deepcopy(layer).float()(x.float())
+    if not uses_onednn(scheme, layer):
         quantize_(twin, torchao_config(scheme))
+    elif isinstance(layer, nn.Conv2d):
+        Int8Conv2d.make(twin)
+    else:
+        Int8Linear.make(twin)
     return {"quantized": _distance(twin(x), reference), "plain": _distance(plain, reference)}
 
 

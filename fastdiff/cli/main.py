@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from ..errors import UsageError
-from . import batch, bench, demo, explain, generate, serve, warmup
+from . import batch, bench, demo, explain, generate, serve, tune, warmup
 from .arguments import Parser
 from .loading import quiet_libraries
 
@@ -31,6 +31,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="fastdiff", description="Stable Diffusion XL at hardware speed.")
     parser.set_defaults(check=lambda arguments: None)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for command in (generate, demo, explain, warmup, bench, batch, serve):
+    for command in (generate, demo, explain, warmup, tune, bench, batch, serve):
         command.add_command(commands)
     return parser

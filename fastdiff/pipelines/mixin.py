@@ -28,9 +28,9 @@ from ..models.unet import FastUNet2DConditionModel
 from ..plan import Plan
 from ..schedulers import stock_scheduler
 from ..steps import PlanStep, PlanTable, format_plan
-from ..weights import remember_plain, restore_plain
 from .components import check_components, components_state, convert_component
 from .loading import FastLoadingMixin, loading_config
+from .merging import MergingMixin
 from .postprocess import FastImageProcessor
 from .prompts import encode_together
 from .saving import SavingMixin
@@ -64,7 +64,7 @@ def _with_signature(method: Callable, stock: Callable) -> Callable:
     return wrapped
 
 
-class FastPipelineMixin(WarmupMixin, SavingMixin, FastLoadingMixin, metaclass=StandIn):
+class FastPipelineMixin(WarmupMixin, SavingMixin, MergingMixin, FastLoadingMixin, metaclass=StandIn):
     """What every fast SDXL pipeline adds to its stock class: the `fast` argument, the plan and thread safety.
 
     Mixed in before a stock pipeline class, whose `__call__` runs unchanged.
@@ -120,18 +120,6 @@ class FastPipelineMixin(WarmupMixin, SavingMixin, FastLoadingMixin, metaclass=St
         if "fast_config" in self.__dict__:
             value = convert_component(name, value, self.active_config)
         super().__setattr__(name, value)
-
-    def fuse_lora(self, *args, **kwargs) -> None:
-        """As upstream."""
-        if isinstance(self.unet, FastUNet2DConditionModel):
-            remember_plain(self.unet)
-        super().fuse_lora(*args, **kwargs)
-
-    def unfuse_lora(self, *args, **kwargs) -> None:
-        """As upstream; the UNet's weights are then what they were, to the bit."""
-        super().unfuse_lora(*args, **kwargs)
-        if isinstance(self.unet, FastUNet2DConditionModel):
-            restore_plain(self.unet)
 
     # The plan
 
@@ -207,7 +195,8 @@ class FastPipelineMixin(WarmupMixin, SavingMixin, FastLoadingMixin, metaclass=St
     def _new_plan(self) -> Plan:
         controlnets = fast_controlnets(getattr(self, "controlnet", None))
         device = self._execution_device
-        return Plan(self.fast_config, self.unet, self.vae, self.scheduler, controlnets, device, self._failures)
+        bar = getattr(self, "_progress_bar_config", {})
+        return Plan(self.fast_config, self.unet, self.vae, self.scheduler, controlnets, device, self._failures, bar)
 
     def enable_sequential_cpu_offload(self, *args, **kwargs) -> None:
         """As upstream. Projections stay separate, and nothing is compiled or quantized any more."""

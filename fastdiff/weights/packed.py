@@ -14,31 +14,6 @@ from ..models.form import Form
 _linear = torch.ops.mkldnn._linear_pointwise
 _convolution = torch.ops.mkldnn._convolution_pointwise
 
-# Below this many weights reordering costs less than the way through Python.
-_MIN_WEIGHTS = 16_384
-
-# Packed convolutions whose channels do not fill oneDNN's blocks can end in its reference kernel: 20 times slower.
-_BLOCK = 64
-
-
-def is_packable(layer: Any) -> bool:
-    """Whether a layer is plain, large enough, and one that oneDNN has a fast kernel for."""
-    if type(layer) not in (nn.Linear, nn.Conv2d) or layer.weight.numel() < _MIN_WEIGHTS:
-        return False
-    if type(layer.weight.data) is not torch.Tensor:
-        # A quantized weight, whose kind says how it is laid out.
-        return False
-    if isinstance(layer, nn.Conv2d):
-        if layer.padding_mode != "zeros" or isinstance(layer.padding, str) or not _is_channels_last(layer):
-            return False
-        if layer.in_channels % _BLOCK or layer.out_channels % _BLOCK:
-            return False
-    return layer.weight.device.type == "cpu" and layer.weight.dtype in (torch.bfloat16, torch.float32)
-
-
-def _is_channels_last(convolution: nn.Conv2d) -> bool:
-    return convolution.weight.is_contiguous(memory_format=torch.channels_last)
-
 
 class Packed(Form):
     """A layer that holds its weight in oneDNN's layout, from which the plain one comes back without loss."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
-from ..models.adapters import adapter_modules
-from .geglu import convert_geglu
-from .packed import Packed, PackedConv2d, PackedGate, PackedLinear, is_packable
+from .packed import Packed
+from .places import PACKED, form_of, layer_of, places
 
 # Below this many parameters a model's layers are so small that the way through Python outweighs what is saved.
 _MIN_PARAMETERS = 100_000_000
@@ -54,49 +52,30 @@ def choose_packing(
         return PackingChoice(False, f"{parameters / 1e6:.0f} M parameters: too small to gain from it")
     if is_shared:
         return PackingChoice(False, "stock models share the weights, which would be held twice; ask with True")
-    if model.dtype == torch.bfloat16 and not torch.cpu.get_capabilities().get("amx_bf16", False):
-        return PackingChoice(False, "not measured on CPUs without AMX; ask with True")
     return PackingChoice(True, "oneDNN's own layout, and GEGLU in the product's epilogue")
 
 
-def apply_packing(model: nn.Module, enabled: bool) -> int:
-    """Pack the eligible layers of a model in place, one at a time, or take packing off again.
+def apply_packing(model: nn.Module, chosen: Collection[str]) -> int:
+    """Pack layers of a model in place, one at a time, and take packing off the others.
 
-    Eligible are plain linear layers inside of transformers, but for the keys and values of the context, which are
-    projected once a prompt; and plain convolutions in channels_last, the format that packed ones return.
+    Args:
+        chosen: names of places, see `places`; of those that are quantized none is touched.
 
     Returns:
         The number of packed layers.
     """
-    if not enabled:
-        for module in model.modules():
-            if isinstance(module, Packed):
-                module.give_up()
-        return 0
-    gates, adapters = convert_geglu(model), adapter_modules(model)
-    linears = dict(_linears(model))
-    for module in list(model.modules()):
-        if id(module) in adapters or not is_packable(module):
-            continue
-        if type(module) is nn.Conv2d:
-            PackedConv2d.make(module)
-        elif id(module) in linears:
-            (PackedGate if id(module) in gates else PackedLinear).make(module)
+    for name, place in places(model).items():
+        form = form_of(place)
+        if name in chosen and form == "plain":
+            PACKED.make(place, None)
+        elif name not in chosen and form == "packed":
+            layer_of(place).give_up()
     return count_packed(model)
 
 
 def count_packed(model: nn.Module) -> int:
     """The number of layers that are packed now."""
     return sum(isinstance(module, Packed) for module in model.modules())
-
-
-def _linears(model: nn.Module) -> Iterator[tuple[int, str]]:
-    """The linear layers of a model that run in every step of its transformers: their ids and names."""
-    for stem, transformer in model.named_modules():
-        if isinstance(transformer, Transformer2DModel):
-            for name, module in transformer.named_modules():
-                if isinstance(module, nn.Linear) and not is_of_context(name):
-                    yield id(module), f"{stem}.{name}"
 
 
 def is_of_context(name: str) -> bool:

@@ -1,69 +1,87 @@
 """Which layers are quantized, and quantizing them one at a time.
 
-Eligible by role are the linear layers that run in every step inside of transformer blocks. Left are `conv_in` and
-`conv_out`, time and added-condition embeddings, which steer every layer and cost next to nothing, `proj_in` and
-`proj_out` beside the norms, the context's `to_k` and `to_v`, which run once a prompt, and convolutions. torchao has no
-kernel for those of 3x3. oneDNN's (`onednn.qconv_pointwise`, unsigned input), timed alone with the quantizing of their
-input, were 1.2 to 1.6 times as fast as packed bfloat16 at 8x8 and 16x16 with 640 or 1280 channels out, 1.04 times with
-1280 in and out at 16x16, and 0.7 times at 32x32 with 320: a few per cent of a step at 256 pixels, less at larger sizes.
-The 11 of 1x1 are the shortcuts of residual blocks, where errors are carried to the end; they stay convolutions.
+torchao's schemes take linear layers inside of transformer blocks, and leave `proj_in` and `proj_out` beside the norms.
+oneDNN's int8 takes the places of `places`, convolutions too, as far as they are chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..models.adapters import adapter_modules
 from ..models.form import Form
-from .geglu import convert_geglu
-from .int8 import Int8, Int8Gate, Int8Linear, convert_feed_forward
+from .int8 import Int8, convert_feed_forward
 from .packed import Packed
 from .packing import is_of_context
+from .places import INT8, form_of, layer_of, name_of_layer, places
 from .record import Quantized
 from .sources import Checkpoint
 from .torchao_form import TorchaoLinear
 
 # torchao: layers below this many weights cost more to quantize at run time than their smaller product saves.
 _MIN_WEIGHTS = 512 * 512
-# int8 on CPU, by measurement: quantizing the input costs what the product saves where neither side has as many
-# features (1280 x 1280: 0.9 to 1.1 times packed bfloat16; 640 x 1920: 0.96; 2560 x 640: 1.6; 1280 x 10240: 1.4 to 2.0).
-_MIN_WIDTH = 2048
 
 
 @torch.no_grad()
 def apply_quantization(
-    model: nn.Module, scheme: str, reason: str = "", *, min_width: int | None = None
+    model: nn.Module,
+    scheme: str,
+    reason: str = "",
+    *,
+    min_weights: int = _MIN_WEIGHTS,
+    chosen: Collection[str] | None = None,
 ) -> Quantized:
-    """Quantize the eligible linear layers of a UNet or ControlNet in place, one layer at a time.
+    """Quantize the eligible layers of a UNet, ControlNet or VAE in place, one layer at a time.
 
-    Layers that have this form already keep it; those of another scheme are given up first.
+    Layers that have this form already keep it; those of another scheme, or not chosen, are given up first.
 
     Args:
         scheme: any but "auto" and "none".
         reason: for the record.
-        min_width: in place of the measured least size, for measuring quality on small models.
+        min_weights: of a layer that torchao quantizes, for measuring quality on small models.
+        chosen: names of the places that oneDNN's int8 is to take; all that may take it if None.
 
     Returns:
         What is quantized now; also kept as `model.quantized` if any layer is.
     """
     remove_quantization(model, keep=scheme)
-    layers, left = plain_layers(model, scheme, min_width)
-    gates, checkpoint = convert_geglu(model), Checkpoint.of(model if layers else None)
-    onednn = uses_onednn(scheme, model)
-    for name, layer in layers.items():
-        source = checkpoint.source(name, layer.weight)
-        if onednn:
-            (Int8Gate if id(layer) in gates else Int8Linear).make(layer, source)
-        else:
-            TorchaoLinear.quantize(layer, source, scheme)
+    onednn, checkpoint = uses_onednn(scheme, model), Checkpoint.of(model)
     if onednn:
+        taken, left = _int8_places(model, chosen)
+        for name, place in taken.items():
+            if form_of(place) != "int8":
+                layer = layer_of(place)
+                INT8.make(place, checkpoint.source(name_of_layer(name, place), layer.weight))
         convert_feed_forward(model)
+    else:
+        layers, left = plain_layers(model, scheme, min_weights)
+        for name, layer in layers.items():
+            TorchaoLinear.quantize(layer, checkpoint.source(name, layer.weight), scheme)
     done = Quantized.of(model, scheme, left, reason)
     model.quantized = done if done.taken else None  # type: ignore[assignment]  # not a module
     return done
+
+
+def _int8_places(model: nn.Module, chosen: Collection[str] | None) -> tuple[dict[str, Any], dict[str, int]]:
+    """The places that oneDNN's int8 takes, and how many it leaves, by reason; those not chosen become plain."""
+    taken: dict[str, Any] = {}
+    left: dict[str, int] = {}
+    for name, place in places(model).items():
+        may = INT8.takes(name, place)
+        if may and (chosen is None or name in chosen):
+            taken[name] = place
+            continue
+        if form_of(place) == "int8":
+            layer_of(place).give_up()
+        why = "no faster here" if may else "for precision"
+        left[why] = left.get(why, 0) + 1
+    if of_context := sum(is_of_context(name) for name, _ in model.named_modules()):
+        left["once a prompt"] = of_context
+    return taken, left
 
 
 def remove_quantization(model: nn.Module, keep: str | None = None) -> None:
@@ -87,20 +105,25 @@ def memory_needed(model: nn.Module) -> int:
     """
     if Checkpoint.of(model).files:
         return 0
-    plain = plain_layers(model, "int8-dynamic")[0].values()
-    weights = sum(layer.in_features * layer.out_features for layer in plain)
     first = next(model.parameters())
-    return weights if first.device.type == "cpu" else weights * first.element_size()
+    if first.device.type == "cpu":
+        taken = (layer_of(place) for name, place in places(model).items() if INT8.takes(name, place))
+        return sum(layer.weight.numel() for layer in taken if not isinstance(layer, Form))
+    plain = plain_layers(model, "int8-dynamic")[0].values()
+    return sum(layer.in_features * layer.out_features for layer in plain) * first.element_size()
 
 
 def plain_layers(
-    model: nn.Module, scheme: str, min_width: int | None = None
-) -> tuple[dict[str, nn.Linear], dict[str, int]]:
-    """The layers that a scheme takes, by name, and how many linear layers it leaves, by reason."""
-    is_large = _size_filter(scheme, model) if min_width is None else lambda layer: _width(layer) >= min_width
+    model: nn.Module, scheme: str, min_weights: int = _MIN_WEIGHTS
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """The layers that a scheme takes, by name, and how many it leaves, by reason."""
+    if uses_onednn(scheme, model):
+        found, left = _int8_places(model, None)
+        found = {name_of_layer(name, place): layer_of(place) for name, place in found.items()}
+        return {name: layer for name, layer in found.items() if not isinstance(layer, Int8)}, left
     adapters = adapter_modules(model)
-    taken: dict[str, nn.Linear] = {}
-    left: dict[str, int] = {}
+    taken: dict[str, Any] = {}
+    left = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or id(module) in adapters or isinstance(module, TorchaoLinear | Int8):
             continue
@@ -109,7 +132,7 @@ def plain_layers(
             why = "outside of transformer blocks"
         elif is_of_context(name):
             why = "once a prompt"
-        elif why is None and not is_large(module):
+        elif why is None and module.in_features * module.out_features < min_weights:
             why = "too small to gain"
         if why is None:
             taken[name] = module
@@ -128,16 +151,6 @@ def is_plain(layer: nn.Linear) -> bool:
 def uses_onednn(scheme: str, model: nn.Module) -> bool:
     """Whether `int8` computes a scheme; else torchao does."""
     return scheme == "int8-dynamic" and next(model.parameters()).device.type == "cpu"
-
-
-def _size_filter(scheme: str, model: nn.Module) -> Callable[[nn.Linear], bool]:
-    if uses_onednn(scheme, model):
-        return lambda layer: _width(layer) >= _MIN_WIDTH
-    return lambda layer: layer.in_features * layer.out_features >= _MIN_WEIGHTS
-
-
-def _width(layer: nn.Linear) -> int:
-    return max(layer.in_features, layer.out_features)
 
 
 def check_scheme(model: nn.Module, requested: str) -> None:

@@ -111,10 +111,11 @@ def _choose(device: torch.device, dtype: torch.dtype, is_compiled: bool) -> Quan
 
 
 def _choose_on_cpu(dtype: torch.dtype, parameters: int, is_compiled: bool, is_shared: bool) -> QuantizationChoice:
-    units, why = _int8_units(), _why_not(dtype)
-    if units != "AMX":
-        # With VNNI alone it runs when asked for.
-        why = "no scheme was measured to be faster than bfloat16 on CPUs without AMX's int8 units"
+    units, why = _int8_units(), None
+    if units is None:
+        why = "this CPU has no units for int8 products"
+    elif dtype not in (torch.bfloat16, torch.float32):
+        why = f"weights are {dtype}; quantization needs bfloat16 or float32"
     elif torch.cuda.is_available():
         # Layers that are quantized for a CPU cannot be moved, and `explain()` may come before `.to("cuda")`.
         why = "here is a GPU to move to, where the scheme is another; ask for int8-dynamic by name to stay on the CPU"
@@ -126,7 +127,7 @@ def _choose_on_cpu(dtype: torch.dtype, parameters: int, is_compiled: bool, is_sh
         why = "stock models share the weights, which would be held twice; ask for int8-dynamic by name"
     if why is not None:
         return QuantizationChoice(None, why)
-    return QuantizationChoice("int8-dynamic", "AMX int8 units")
+    return QuantizationChoice("int8-dynamic", f"{units} int8 units")
 
 
 def _why_not(dtype: torch.dtype) -> str | None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from support.embedded import draw, load_fast, load_stock
 
 from fastdiff import FastConfig, FastStableDiffusionXLPipeline, FastUNet2DConditionModel
-from fastdiff.weights import PackedLinear, apply_quantization, choose_quantization, count_packed, plain_layers
+from fastdiff.weights import apply_quantization, choose_quantization, count_packed, plain_layers
 from fastdiff.weights.activations import quantize, quantize_padded
 from fastdiff.weights.geglu import GatedGEGLU
 from fastdiff.weights.int8 import Int8Conv2d, Int8Gate, Int8Linear, RowsFeedForward, convert_feed_forward
@@ -30,11 +30,11 @@ from fastdiff.weights.sources import Kept
 CPU = torch.device("cpu")
 CAPABILITIES = torch.cpu.get_capabilities()
 HAS_AMX = CAPABILITIES.get("amx_int8", False)
-needs_amx = pytest.mark.skipif(
-    not HAS_AMX or torch.cuda.is_available(), reason="the default on CPUs with AMX, without a GPU"
-)
-needs_int8 = pytest.mark.skipif(
-    not (HAS_AMX or CAPABILITIES.get("avx512_vnni") or CAPABILITIES.get("avx_vnni")), reason="needs AMX or VNNI"
+HAS_VNNI = CAPABILITIES.get("avx512_vnni") or CAPABILITIES.get("avx_vnni")
+UNITS = "AMX" if HAS_AMX else "VNNI" if HAS_VNNI else None
+needs_int8 = pytest.mark.skipif(UNITS is None, reason="needs AMX or VNNI")
+needs_default = pytest.mark.skipif(
+    UNITS is None or torch.cuda.is_available(), reason="the default on CPUs with int8 units, without a GPU"
 )
 SCHEMES = [pytest.param("int8-dynamic", marks=needs_int8), "int8-weight-only"]
 
@@ -46,17 +46,17 @@ def choose(requested: str = "auto", device: torch.device = CPU, dtype: torch.dty
 
 def test_a_large_model_is_quantized_by_default_where_the_cpu_has_int8_units():
     choice = choose()
-    if HAS_AMX and not torch.cuda.is_available():
-        assert choice.scheme == "int8-dynamic" and "AMX" in choice.reason
+    if UNITS is not None and not torch.cuda.is_available():
+        assert choice.scheme == "int8-dynamic" and UNITS in choice.reason
+        assert choose(dtype=torch.float32).scheme == "int8-dynamic"
     else:
         assert choice.scheme is None
 
 
-@needs_amx
+@needs_default
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"dtype": torch.float32}, "float32"),
         ({"dtype": torch.float16}, "float16"),
         ({"parameters": 99_000_000}, "99 M parameters"),
         ({"is_compiled": True}, "compiled"),
@@ -69,16 +69,16 @@ def test_what_it_does_not_go_with_leaves_it_off_and_says_why(changes, reason):
     assert choice.scheme is None and reason in choice.reason
 
 
-def test_cpus_without_amx_and_machines_with_a_gpu_are_left_alone(monkeypatch):
+def test_cpus_without_int8_units_and_machines_with_a_gpu_are_left_alone(monkeypatch):
     """No CPU lacks what it has: here, and only here, the probes are told what to answer."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose().scheme == "int8-dynamic" and "VNNI" in choose().reason
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with_gpu = choose()
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True, "amx_bf16": True})
-    choice = choose()
-    assert choice.scheme is with_gpu.scheme is None and "without AMX" in choice.reason
-    assert not HAS_AMX or "GPU" in with_gpu.reason
+    assert choose().scheme is None and "GPU" in choose().reason
     assert choose("int8-dynamic").scheme == "int8-dynamic", "asked for"
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert choose().scheme is None and "no units" in choose().reason
     with pytest.raises(ValueError, match="AMX or VNNI"):
         choose("int8-dynamic")
 
@@ -90,7 +90,7 @@ def quantize_step(pipe):
 def test_small_models_are_left_alone_and_the_plan_says_why():
     default = quantize_step(load_fast("balanced").to(torch.bfloat16))
     assert not default.applied and not default.lossless
-    assert "too small to gain" in default.reason or not HAS_AMX or torch.cuda.is_available()
+    assert "too small to gain" in default.reason or UNITS is None or torch.cuda.is_available()
     asked = quantize_step(load_fast(FastConfig.preset("balanced", quantization="int8-weight-only")))
     assert not asked.applied and "0 layers" in asked.reason and "too small to gain" in asked.reason
 
@@ -105,7 +105,7 @@ def test_a_scheme_that_the_device_cannot_run_is_refused_before_the_loop(scheme):
 def test_what_a_scheme_does_not_go_with_is_refused():
     with pytest.raises(ValueError, match="bfloat16 or float32"):
         choose("int8-weight-only", dtype=torch.float16)
-    if HAS_AMX:
+    if UNITS is not None:
         with pytest.raises(ValueError, match="compile='auto' or 'off'"):
             choose("int8-dynamic", is_compiled=True)
 
@@ -165,18 +165,23 @@ def relative_error(unet, reference: torch.Tensor) -> float:
     return ((out - reference).norm() / reference.norm()).item()
 
 
-@pytest.mark.parametrize(
-    ("scheme", "roles"),
-    [
-        ("int8-dynamic", {"ff.net.0.proj", "ff.net.2"}),
-        ("int8-weight-only", {"attn1.to_qkv", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", "ff.net.0.proj",
-                              "ff.net.2"}),
-    ],
-)
-def test_layers_are_chosen_by_role_and_by_the_size_that_gains(scheme, roles):
-    layers, left = plain_layers(make_fast_unet(), scheme)
-    assert {name.split(".transformer_blocks.")[1].partition(".")[2] for name in layers} == roles
-    assert left["once a prompt"] == 8 and left["outside of transformer blocks"] > 6
+ROLES = {"attn1.to_qkv", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2"}
+
+
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-weight-only"])
+def test_layers_are_chosen_by_role(scheme):
+    layers, left = plain_layers(make_fast_unet().to(memory_format=torch.channels_last), scheme)
+    linears = {name for name, layer in layers.items() if isinstance(layer, torch.nn.Linear)}
+    inside = {name for name in linears if ".transformer_blocks." in name}
+    assert {name.split(".transformer_blocks.")[1].partition(".")[2] for name in inside} == ROLES
+    assert left["once a prompt"] == 8
+    outside, convolutions = linears - inside, layers.keys() - linears
+    if scheme == "int8-weight-only":
+        assert not outside and not convolutions and left["outside of transformer blocks"] > 6
+        return
+    assert {name.rsplit(".", 1)[-1] for name in outside} == {"proj_in", "proj_out"}
+    assert {name.rsplit(".", 1)[-1] for name in convolutions} == {"conv1", "conv2", "conv"}
+    assert all(layers[name].kernel_size == (3, 3) for name in convolutions) and left["for precision"] > 2
 
 
 def count_kind(unet, kind) -> int:
@@ -189,10 +194,10 @@ def test_weights_shrink_by_half_and_the_result_moves_little(scheme):
     with torch.no_grad():
         reference = unet(**unet_inputs(torch.bfloat16)).sample.float()
     done = apply_quantization(unet, scheme, "asked")
-    assert done.taken == (8 if scheme == "int8-dynamic" else 24)
+    assert done.taken == (32 if scheme == "int8-dynamic" else 24)
     assert 0.49 < done.bytes_after / done.bytes_before <= 0.52
     assert done.model_before - done.model_after == done.bytes_before - done.bytes_after
-    assert 0 < relative_error(unet, reference) < 0.02
+    assert 0 < relative_error(unet, reference) < (0.04 if scheme == "int8-dynamic" else 0.02)
     assert count_kind(unet, RowsFeedForward) == (4 if scheme == "int8-dynamic" else 0)
     assert plain_layers(unet, scheme)[0] == {}, "nothing is quantized twice"
 
@@ -244,8 +249,7 @@ def test_int8_convolutions_equal_their_own_definition(dtype, options):
     got = layer(x)
     assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(got.float(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=2e-5)
-    for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(again(x), got)
+    assert torch.equal(copy.deepcopy(layer)(x), got) and torch.equal(pickle.loads(pickle.dumps(layer))(x), got)
 
 
 @needs_int8
@@ -287,9 +291,10 @@ def test_an_int8_layer_without_plain_weights_is_copied_pickled_and_cast_and_says
     expected = layer(x)
     assert torch.equal(copy.deepcopy(layer)(x), expected)
     assert torch.equal(pickle.loads(pickle.dumps(layer))(x), expected)
-    for wants_plain in (lambda: layer.proj.weight, layer.state_dict, lambda: layer.to(torch.device("cuda"))):
-        with pytest.raises((ValueError, AssertionError), match="was saved quantized|not compiled with CUDA"):
+    for wants_plain in (lambda: layer.proj.weight, layer.state_dict, lambda: layer.requires_grad_(True)(x).sum()):
+        with pytest.raises(ValueError, match="was saved quantized"):
             wants_plain()
+        layer.requires_grad_(False)
     assert torch.equal(layer.to(torch.bfloat16).float()(x).sign(), expected.sign())
     plain = GEGLU(96, 64)
     layer.load_state_dict(plain.state_dict())
@@ -424,12 +429,12 @@ def stock_of_full_size() -> StableDiffusionXLPipeline:
     """A stock pipeline whose UNet has as many parameters as the default asks for; most of them do nothing."""
     stock = load_stock().to(torch.bfloat16)
     stock.unet = make_wide_unet(torch.bfloat16)
-    ballast = torch.empty(100_000_000, dtype=torch.int8)
+    ballast = torch.empty(100_000_000, dtype=torch.bfloat16)
     stock.unet.mid_block.register_parameter("ballast", torch.nn.Parameter(ballast, requires_grad=False))
     return stock
 
 
-@needs_amx
+@needs_default
 def test_by_default_layers_are_quantized_once_no_stock_pipeline_shares_them(tmp_path):
     stock = stock_of_full_size()
     reference = draw(stock).float()
@@ -444,15 +449,14 @@ def test_by_default_layers_are_quantized_once_no_stock_pipeline_shares_them(tmp_
     assert count_packed(pipe.unet), "by the other pipeline's plan"
     moved = draw(pipe).float()
     steps = {step.name: step for step in pipe.plan}
-    assert steps["quantize"].applied and "8 layers" in steps["quantize"].reason
-    assert "AMX" in steps["quantize"].reason and steps["pack_weights"].applied
-    assert count_kind(pipe.unet, Int8Linear) == 8 and count_kind(pipe.unet, PackedLinear) > 8
+    assert steps["quantize"].applied and UNITS in steps["quantize"].reason
+    assert "measured here" in steps["quantize"].reason and count_kind(pipe.unet, Int8Linear) > 0
     assert 0 < (moved - near).norm() / reference.norm() < 0.05
     assert torch.equal(draw(pipe).float(), moved), "the plan is applied once"
     assert torch.equal(draw(exact).float(), near), "the plan of the other pipeline gets plain weights back"
 
 
-@needs_amx
+@needs_default
 def test_by_default_a_compiler_keeps_the_layers_plain():
     pipe = FastStableDiffusionXLPipeline.from_pipe(stock_of_full_size())
     pipe.unet.compile()

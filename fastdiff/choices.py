@@ -1,0 +1,176 @@
+"""Which form each layer of a model takes on this machine: asks `tuning` about the forms that `weights` has."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .config import FastConfig
+from .models.base import FastModelMixin
+from .models.memory_format import apply_channels_last
+from .tuning import PLAIN, Answers, Outcome, Tuner, choose, input_shapes, layer_key, layer_questions, tuner_of
+from .weights.native import load_kernels
+from .weights.places import CANDIDATES, INT8, PACKED, places, shipped_choice
+
+# Below this many parameters a model's layers are so small that what they cost is the way through Python.
+MIN_PARAMETERS = 100_000_000
+# Of tuning, for each parameter of a model, up to what the tuner takes by itself.
+_SECONDS_PER_PARAMETER, _MAX_SECONDS = 3e-9, 6.0
+
+
+@dataclass(frozen=True)
+class FormChoices:
+    """The form of each place of a model.
+
+    Attributes:
+        forms: by name of the place.
+        ratios: by form, the lowest and the highest measured ratio to plain among the places that take it.
+        refused: by form, why places may not take it, as measured.
+    """
+
+    forms: dict[str, str]
+    ratios: dict[str, tuple[float, float]] = field(default_factory=dict)
+    refused: dict[str, set[str]] = field(default_factory=dict)
+
+    def taking(self, form: str) -> set[str]:
+        """The names of the places that take a form."""
+        return {name for name, chosen in self.forms.items() if chosen == form}
+
+    def describe(self, form: str) -> str:
+        """How the choice of a form came about, for `explain()`."""
+        if form not in self.ratios:
+            return "by the shipped table"
+        low, high = self.ratios[form]
+        return f"measured here {low:.2g} to {high:.2g} times plain"
+
+
+def choose_for_pipeline(
+    denoisers: list, vae: list, config: FastConfig, *, int8: bool, can_pack: bool, bar: dict
+) -> dict[object, FormChoices]:
+    """Choose for the models of a pipeline.
+
+    Args:
+        denoisers: UNet and ControlNets.
+        vae: the VAE, or none.
+        config: its `quantization` and `pack_weights` may ask for forms by name.
+        int8: whether int8 is allowed.
+        can_pack: whether packing is.
+        bar: arguments of the progress bar.
+
+    Raises:
+        ValueError: int8 is asked for by name, and no layer can take it.
+    """
+    allowed = [PACKED.name] * can_pack + [INT8.name] * int8
+    asked = [PACKED.name] * (can_pack and config.pack_weights is True)
+    by_name = [INT8.name] * (int8 and config.quantization == "int8-dynamic")
+    chosen = {model: choose_forms(model, config.tuning, allowed, asked + by_name, bar) for model in denoisers}
+    refused = {reason for choices in chosen.values() for reason in choices.refused.get(INT8.name, ())}
+    if by_name and refused and not any(choices.taking(INT8.name) for choices in chosen.values()):
+        raise ValueError(
+            "quantization='int8-dynamic' was measured on this machine and can be taken for no layer: "
+            f"{'; '.join(sorted(refused))}. Use 'auto', 'none' or 'int8-weight-only'."
+        )
+    return {**chosen, **{model: choose_forms(model, config.tuning, allowed, asked, bar) for model in vae}}
+
+
+def choose_forms(
+    model: nn.Module,
+    tuning: str,
+    allowed: Collection[str],
+    asked: Collection[str] = (),
+    bar: dict | None = None,
+) -> FormChoices:
+    """Choose, by measurement where the model is of some size, or forms are asked for by name.
+
+    Args:
+        model: a UNet, ControlNet or VAE on a CPU.
+        tuning: of `FastConfig`.
+        allowed: names of the forms that may be taken where they win.
+        asked: names of those that are taken wherever they are right and not much too slow.
+        bar: arguments of the progress bar.
+    """
+    found, allowed = places(model), {*allowed, *asked}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    answers: Answers = {}
+    if tuning != "off" and allowed and (parameters >= MIN_PARAMETERS or asked):
+        answers = _measured(model, found, tuning, bar, min(_MAX_SECONDS, _SECONDS_PER_PARAMETER * parameters))
+    forms: dict[str, str] = {}
+    ratios: dict[str, list[float]] = {}
+    refused: dict[str, set[str]] = {}
+    for name, place in found.items():
+        outcomes = answers.get(layer_key(place))
+        fits = tuple(each.name for each in CANDIDATES if each.name in allowed and each.takes(name, place))
+        if outcomes is None:
+            forms[name] = shipped_choice(name, place, fits)
+            continue
+        known = [form for form in fits if form in outcomes]
+        for form in known:
+            if (reason := outcomes[form].refused) is not None:
+                refused.setdefault(form, set()).add(reason)
+        by_name = [form for form in known if form in asked and outcomes[form].refused is None]
+        forms[name] = by_name[-1] if by_name else choose(outcomes, fits)
+        if forms[name] != PLAIN:
+            ratios.setdefault(forms[name], []).append(outcomes[forms[name]].ratio[1])
+    return FormChoices(forms, {form: (min(all_), max(all_)) for form, all_ in ratios.items()}, refused)
+
+
+def tuned_models(pipe: Any) -> list[Any]:
+    """The models of a fast pipeline whose forms are chosen by measurement; none with preset "off"."""
+    models = [pipe.unet, getattr(pipe, "controlnet", None), pipe.vae]
+    return [model for model in models if isinstance(model, FastModelMixin)]
+
+
+def measured_table(models: list[Any], tuning: str, side: int | None) -> tuple[list[str], Path]:
+    """Measure anew, whatever is known; returns a line for each distinct shape, and the file that remembers.
+
+    Args:
+        models: on a CPU.
+        tuning: of `FastConfig`.
+        side: of the latents to measure at; the models' own if None.
+    """
+    lines = []
+    for model in models:
+        apply_channels_last(model, True)
+        found = places(model)
+        counts = Counter(map(layer_key, found.values()))
+        for key, outcomes in _measured(model, found, tuning, None, _MAX_SECONDS, side, again=True).items():
+            fits = tuple(name for name in outcomes if name != PLAIN)
+            shown = ", ".join(_show(name, outcome) for name, outcome in outcomes.items())
+            lines.append(f"{counts[key]:4} x {key}: {shown}; taken: {choose(outcomes, fits)}")
+    return lines, _tuner(models[0], tuning).record.path
+
+
+def _show(name: str, outcome: Outcome) -> str:
+    if outcome.refused is not None:
+        return f"{name} refused ({outcome.refused})"
+    low, middle, high = outcome.ratio
+    times = "" if name == PLAIN else f" ({middle:.2f} times plain, {low:.2f} to {high:.2f})"
+    return f"{name} {outcome.ms:.3g} ms{times}"
+
+
+def _measured(
+    model: Any,
+    found: dict[str, Any],
+    tuning: str,
+    bar: dict | None,
+    seconds: float,
+    side: int | None = None,
+    again: bool = False,
+) -> Answers:
+    return _tuner(model, tuning).ask(
+        map(layer_key, found.values()),
+        lambda keys: layer_questions(found, CANDIDATES, keys, lambda: input_shapes(model, side)),
+        bar,
+        again,
+        seconds,
+    )
+
+
+def _tuner(model: Any, tuning: str) -> Tuner:
+    activations = "operators" if load_kernels() is None else "compiled"
+    return tuner_of(tuning, next(model.parameters()).device, (("activations", activations),))

@@ -1,0 +1,38 @@
+"""`fastdiff tune`: measure ahead which form each layer is to take on this machine, and show it."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from ..errors import UsageError
+from .arguments import add_model_arguments, size
+from .loading import check_model_arguments, load_pipeline
+
+
+def add_command(commands) -> None:
+    """Register the command with the subparsers of the `fastdiff` command."""
+    tune = commands.add_parser("tune", help="measure which kernels are fast on this machine; later processes use it")
+    tune.add_argument("--size", type=size, metavar="WxH", help="in pixels; the model's own size by default")
+    tune.add_argument("--file", default="auto", metavar="PATH", help="where to keep it (the user's cache folder)")
+    add_model_arguments(tune)
+    tune.set_defaults(check=check_model_arguments, run=_tune)
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from ..choices import measured_table, tuned_models
+
+    pipe = load_pipeline(arguments)
+    if pipe.unet.device.type != "cpu":
+        raise UsageError(f"nothing to measure on {pipe.unet.device}: forms are chosen by measurement on CPUs only")
+    started = time.perf_counter()
+    width, height = arguments.size or (None, None)
+    side = None if width is None else round((width * height) ** 0.5) // pipe.vae_scale_factor
+    models = tuned_models(pipe)
+    if not models:
+        raise UsageError(f"--preset {arguments.preset}: the stock classes stay in place, and nothing is chosen")
+    rows, path = measured_table(models, arguments.file, side)
+    for row in rows:
+        print(row)
+    print(f"{len(rows)} shapes in {time.perf_counter() - started:.1f} s, kept in {path}")
+    return 0

@@ -1,0 +1,144 @@
+"""Finding out: each option checked against the plain one, then all of them timed in turn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from .question import KINDS, Option, Outcome, Question
+
+# Times as slow as plain from which an option is a mistake, such as a reference kernel, and not worth a longer look.
+SLOW = 10
+# Calls are as large as the model's own, or as large as take so long.
+_CALL_S = 0.01
+# Calls that are shorter are timed several at once.
+_SAMPLE_S = 0.002
+_MIN_ROUNDS, _MAX_ROUNDS = 3, 15
+_PROBE = 1 / 64
+# Below this, what is slow is the way through Python, and the machine's noise.
+_PROBE_S = 0.0005
+_LONG_S = 0.5
+
+
+@torch.no_grad()
+def measure(question: Question, seconds: float) -> dict[str, Outcome]:
+    """Answer a question.
+
+    Args:
+        question: its options are made, tried with few rows, checked, and timed, in this order, so that a wrong one is
+            never timed and a very slow one is called but once or twice.
+        seconds: that it may take, roughly; timing ends with them, but not before a few rounds.
+
+    Returns:
+        By name of the option, in their order.
+
+    Raises:
+        Exception: whatever the plain option raises.
+    """
+    started = time.perf_counter()
+    synchronize = _synchronize_of(question.inputs("one row", 1.0))
+    plain, *others = question.options
+    functions = {plain.name: plain.make()}
+    probe = {kind: question.inputs(kind, _PROBE) for kind in KINDS}
+    expected = {kind: functions[plain.name](*inputs) for kind, inputs in probe.items()}
+    plain_s = _probed_seconds(functions[plain.name], probe["one row"], synchronize)
+    outcomes = {plain.name: Outcome(lossless=plain.lossless)}
+    for option in others:
+        try:
+            function = option.make()
+            outcomes[option.name] = _check(question, option, function, probe, expected, plain_s, synchronize)
+            functions[option.name] = function
+        except Exception as error:  # whatever a kernel raises: the others are still there
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            outcomes[option.name] = Outcome(refused=reason, lossless=option.lossless)
+    fit = {name: function for name, function in functions.items() if outcomes[name].refused is None}
+    inputs = question.inputs("ordinary", _share(functions[plain.name], question, synchronize))
+    remaining = seconds - (time.perf_counter() - started)
+    for name, (ms, ratio) in _race(fit, plain.name, inputs, remaining, synchronize).items():
+        refused = f"{1 / ratio[1]:.0f} times as slow as plain" if ratio[1] < 1 / SLOW else None
+        outcomes[name] = Outcome(ms, ratio, outcomes[name].error, refused, outcomes[name].lossless)
+    return outcomes
+
+
+def _check(question, option: Option, function, probe, expected, plain_s, synchronize) -> Outcome:
+    """The outcome so far: the error, or why the option is refused."""
+    seconds = _probed_seconds(function, probe["one row"], synchronize)
+    if seconds > SLOW * max(plain_s, _PROBE_S):
+        return Outcome(refused=f"{seconds / plain_s:.0f} times as slow as plain with one row", lossless=option.lossless)
+    limit, worst = question.tolerance if option.lossless else question.lossy_tolerance, 0.0
+    for kind, inputs in probe.items():
+        error = _distance(function(*inputs), expected[kind])
+        worst = max(worst, error)
+        if not error <= limit:  # also where it is not a number
+            return Outcome(
+                error=error, refused=f"wrong by {error:.2g} with {kind}", lossless=option.lossless
+            )
+    return Outcome(error=worst, lossless=option.lossless)
+
+
+def _race(functions: dict[str, Callable], plain: str, inputs: tuple, seconds: float, synchronize) -> dict:
+    """Time functions in turn; returns milliseconds and ratios to the plain one by name.
+
+    What the rest of the machine does makes calls slower and none faster. So the shortest times are compared, and a
+    quarter of the way from them to the longest is the spread.
+    """
+    ends = time.perf_counter() + seconds
+    first = {name: _seconds(function, inputs, synchronize) for name, function in functions.items()}
+    times = {name: [once] for name, once in first.items()}
+    for index in range(_MAX_ROUNDS):
+        for name, function in functions.items():
+            if first[name] > SLOW * max(_PROBE_S, first[plain]):
+                continue
+            calls = max(1, min(100, round(_SAMPLE_S / first[name])))
+            times[name].append(_seconds(function, inputs, synchronize, calls))
+        if index + 1 >= _MIN_ROUNDS and time.perf_counter() > ends:
+            break
+    best, spread = min(times[plain]), _quarter(times[plain])
+    return {
+        name: (min(own) * 1e3, (best / _quarter(own), best / min(own), spread / min(own)))
+        for name, own in times.items()
+    }
+
+
+def _quarter(times: list[float]) -> float:
+    return sorted(times)[len(times) // 4]
+
+
+def _share(function: Callable, question: Question, synchronize) -> float:
+    """How large a call may be so that it takes `_CALL_S`, by halves."""
+    share = _PROBE
+    while share < 1:
+        seconds = _seconds(function, question.inputs("ordinary", share), synchronize)
+        if 2 * seconds > _CALL_S * 1.5:
+            break
+        share *= 2
+    return share
+
+
+def _seconds(function: Callable, inputs: tuple, synchronize: Callable[[], None], calls: int = 1) -> float:
+    synchronize()
+    started = time.perf_counter()
+    for _ in range(calls):
+        function(*inputs)
+    synchronize()
+    return (time.perf_counter() - started) / calls
+
+
+def _probed_seconds(function: Callable, inputs: tuple, synchronize: Callable[[], None]) -> float:
+    """Of the better of two calls, as the first may prepare things; of one, where that takes long enough to be sure."""
+    first = _seconds(function, inputs, synchronize)
+    return first if first > _LONG_S else min(first, _seconds(function, inputs, synchronize))
+
+
+def _distance(value: torch.Tensor, reference: torch.Tensor) -> float:
+    difference, norm = (value.float() - reference.float()).norm().item(), reference.float().norm().item()
+    return difference / norm if norm else difference
+
+
+def _synchronize_of(inputs: tuple) -> Callable[[], None]:
+    device = inputs[0].device
+    if device.type == "cpu":
+        return lambda: None
+    return lambda: torch.get_device_module(device).synchronize(device)
