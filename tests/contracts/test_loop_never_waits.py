@@ -15,10 +15,6 @@ OTHERS = [
 ]
 
 
-OURS = [f"StableDiffusionXL{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint")]
-OURS += [f"StableDiffusionXLControlNet{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint")]
-
-
 @pytest.fixture(scope="module")
 def plain():
     """A pipeline on the CPU, for reference."""
@@ -86,18 +82,3 @@ def test_no_pipeline_class_waits_in_its_loop(name):
     pipe.scheduler = LEG.scheduler("DDIMScheduler", pipe.scheduler.config, clip_sample=False)
     # `add_noise` of inpainting copies its timestep in each of the three steps, until it has a patch of its own.
     assert len(waits(pipe)["loop"]) <= (3 if "Inpaint" in name else 0)
-
-
-@pytest.mark.skipif(LEG.patched, reason="about fastdiff's classes")
-@pytest.mark.parametrize("name", [name for name in CLASSES if name in OURS])
-def test_no_class_of_ours_waits_in_its_loop(name):
-    import fastdiff
-    from stock_pipelines import stock_pipeline, waits
-
-    components = stock_pipeline(name).components
-    pipe = getattr(fastdiff, f"Fast{name}")(**components, fast="exact")
-    pipe.set_progress_bar_config(disable=True)
-    place(pipe)
-    for scheduler in ("DDIMScheduler", "EulerDiscreteScheduler"):
-        pipe.scheduler = LEG.scheduler(scheduler, pipe.scheduler.config, clip_sample=False)
-        assert waits(pipe)["loop"] == []
