@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from torch import nn
 
 from .attention import apply_fusion
@@ -44,12 +45,14 @@ class FusedProjectionsMixin(_Stock):
         self.set_attn_processor({name: p if isinstance(p, nn.Module) else ours for name, p in before.items()})
 
     def unfuse_qkv_projections(self) -> None:
-        """Go back to separate projections, and to the processors from before fusing."""
+        """Go back to separate projections, and to the processors from before fusing but where others were set since."""
         self.fuse_choice = False
         self._fuse_wanted = False
         if self.original_attn_processors is not None:
             before, self.original_attn_processors = self.original_attn_processors, None
-            self.set_attn_processor(dict(before))
+            fused = (FusedQKVAttnProcessor, FusedAttnProcessor2_0)  # the latter is what stock pipelines set themselves
+            now = self.attn_processors
+            self.set_attn_processor({name: before[name] if isinstance(p, fused) else p for name, p in now.items()})
         self.want_fusion(False)
 
     def want_fusion(self, wanted: bool) -> tuple[int, dict[str, int]]:

@@ -82,6 +82,7 @@ if _TREE and not Path(diffusers.__file__).is_relative_to(_TREE):
     raise RuntimeError(f"FASTDIFF_PATCHED_TREE is {_TREE}, but diffusers comes from {diffusers.__file__}")
 
 LEG = Leg(patched=bool(_TREE))
+only_patched = pytest.mark.skipif(not LEG.patched, reason="fastdiff has its own way here, with its own tests")
 
 
 def draw(pipe: diffusers.DiffusionPipeline, **options) -> torch.Tensor:

@@ -17,7 +17,7 @@ def place(pipe) -> None:
     """Put the models of a pipeline on the device, once fastdiff's plan is applied."""
     if hasattr(pipe, "explain"):
         pipe.explain()
-    SyncRecorder.place(pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
+    SyncRecorder.place(*(model for model in pipe.components.values() if isinstance(model, torch.nn.Module)))
 
 
 def record(pipe, **options) -> tuple[SyncRecorder, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from legs import LEG, STEPS, draw
+from legs import LEG, STEPS, draw, only_patched
 from torch.overrides import TorchFunctionMode
 
 
@@ -74,7 +74,7 @@ def test_a_picture_projects_each_layer_once(pipe, unet):
     assert torch.equal(draw(pipe), latents)
 
 
-def test_without_reuse_it_would_be_once_a_step(pipe):
+def test_still_once_a_step_without_reuse(pipe):
     if not LEG.patched:
         pipe.unet.context_cache.enabled = False
     with CountProjections(pipe.unet) as counter:
@@ -107,6 +107,75 @@ def test_a_prompt_in_the_memory_of_another_is_seen(unet, prompts, uncached):
     for index in (0, 1, 0, 1):
         # Freed after each call, so that the allocator may hand the same memory to the next.
         check_same(denoise(unet, prompts[index].clone()), uncached[index])
+
+
+def scale_keys(unet, factor):
+    with torch.no_grad():
+        for name, weight in unet.named_parameters():
+            if name.endswith("attn2.to_k.weight"):
+                weight.mul_(factor)
+
+
+def test_weights_edited_in_place_are_seen_for_the_same_prompt(unet, prompts, uncached):
+    prompt = prompts[0].clone()
+    check_same(denoise(unet, prompt), uncached[0])
+    scale_keys(unet, 3)
+    changed = denoise(unet, prompt)
+    check_same(changed, denoise(unet, prompt.clone()))
+    scale_keys(unet, 1 / 3)
+    assert (changed - uncached[0]).abs().max() > 1e-3
+    check_same(denoise(unet, prompt), uncached[0])
+
+
+def test_loaded_weights_are_seen_for_the_same_prompt(unet, prompts, uncached):
+    prompt = prompts[0].clone()
+    state = {key: value.clone() for key, value in unet.state_dict().items()}
+    check_same(denoise(unet, prompt), uncached[0])
+    unet.load_state_dict({key: value * 3 if "attn2.to_k" in key else value for key, value in state.items()})
+    changed = denoise(unet, prompt)
+    unet.load_state_dict(state)
+    assert (changed - uncached[0]).abs().max() > 1e-3
+    check_same(denoise(unet, prompt), uncached[0])
+
+
+def test_a_merged_lora_is_seen_for_the_same_prompt(prompts, uncached):
+    peft = pytest.importorskip("peft")
+    pipe = LEG.pipeline()
+    LEG.cache_context(pipe.unet)
+    prompt = prompts[0].clone()
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_k"], init_lora_weights=False))
+    adapted = denoise(pipe.unet, prompt)
+    assert (adapted - uncached[0]).abs().max() > 1e-3
+    pipe.unet.disable_adapters()
+    check_same(denoise(pipe.unet, prompt), uncached[0])
+    pipe.unet.enable_adapters()
+    pipe.unet.fuse_lora()
+    torch.testing.assert_close(denoise(pipe.unet, prompt), adapted, rtol=0, atol=1e-3)
+    pipe.unet.unfuse_lora()
+    torch.testing.assert_close(denoise(pipe.unet, prompt), adapted, rtol=0, atol=1e-3)
+
+
+@only_patched
+def test_caches_that_need_a_transformer_are_refused(pipe):
+    import diffusers
+
+    with pytest.raises(ValueError, match="does not support FirstBlockCacheConfig"):
+        pipe.unet.enable_cache(diffusers.FirstBlockCacheConfig())
+
+
+@only_patched
+def test_a_controlnet_projects_each_layer_once():
+    import diffusers
+    from stock_pipelines import call_options, stock_pipeline
+
+    pipe = stock_pipeline("StableDiffusionXLControlNetPipeline")
+    with CountProjections(pipe.controlnet) as without:
+        expected = pipe(**call_options(pipe, generator=torch.Generator().manual_seed(0))).images
+    pipe.controlnet.enable_cache(diffusers.TextKVCacheConfig())
+    with CountProjections(pipe.controlnet) as counter:
+        picture = pipe(**call_options(pipe, generator=torch.Generator().manual_seed(0))).images
+    assert counter.count == len(counter.weights) == without.count / 4 > 0
+    assert (picture == expected).all()
 
 
 def test_new_weights_are_seen_by_the_next_picture(pipe, unet):

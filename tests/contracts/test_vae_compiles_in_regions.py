@@ -2,9 +2,10 @@
 
 from collections import Counter
 
+import diffusers
 import pytest
 import torch
-from legs import LEG
+from legs import LEG, only_patched
 from torch import nn
 
 SHAPES = [(batch, 4, size, size) for size in (8, 12, 16, 10) for batch in (1, 2)]
@@ -44,3 +45,18 @@ def test_regions_cover_the_vae_and_serve_new_shapes(vae):
     for sample, reference in zip(latents, expected, strict=True):
         torch.testing.assert_close(vae.decode(sample, return_dict=False)[0], reference, rtol=0, atol=1e-4)
     assert graphs
+
+
+@only_patched
+@pytest.mark.parametrize(
+    "name", ["AutoencoderKLFlux2", "AsymmetricAutoencoderKL", "AutoencoderKLTemporalDecoder", "VQModel"]
+)
+@torch.no_grad()
+def test_its_siblings_compile_in_regions(name):
+    torch._dynamo.reset()
+    model = getattr(diffusers, name)(norm_num_groups=32) if name == "VQModel" else getattr(diffusers, name)()
+    graphs = []
+    regions = LEG.compile_regions(model.eval(), lambda graph, _: graphs.append(graph) or graph)
+    assert len(regions) == 2
+    model.encode(torch.zeros(1, 3, 16, 16))
+    assert len(graphs) == 1

@@ -52,7 +52,11 @@ _GUARDED_METHODS = {
 _FACTORIES_FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor}
 
 # What they do goes by the device's type. Neither waits on CUDA, and the CPU's way gives the CPU's result.
-_BY_DEVICE_TYPE = {torch.nn.functional.scaled_dot_product_attention, torch.quantile}
+_BY_DEVICE_TYPE = {
+    torch.nn.functional.multi_head_attention_forward,
+    torch.nn.functional.scaled_dot_product_attention,
+    torch.quantile,
+}
 
 Record = Callable[[str, bool], None]
 
@@ -108,11 +112,13 @@ class DeviceFunctions(TorchFunctionMode):
         if func is torch.Tensor.to:
             return self._to(*args, **kwargs)
         if func in _BY_DEVICE_TYPE and any_on_device(args, kwargs):
-            return DeviceTensor(func(*tree_map(_host, args), **tree_map(_host, kwargs)))
+            return _all_on_device(func(*tree_map(_host, args), **tree_map(_host, kwargs)))
         if func in _GUARDED_METHODS and isinstance(args[0], DeviceTensor):
             return self._guarded(func, *args, **kwargs)
         if func is torch.Tensor.copy_ and isinstance(args[0], DeviceTensor):
             return aten.copy_(*args, **kwargs)
+        if func is torch.tensor and any_on_device(args, {}):  # a list of numbers, each read from the device
+            args = tree_map(lambda value: value.item() if isinstance(value, DeviceTensor) else value, args)
         if _names_device(kwargs.get("device")):
             kwargs["device"] = None
             if func in _FACTORIES_FROM_DATA and not any_on_device(args, kwargs):
@@ -147,7 +153,7 @@ class DeviceFunctions(TorchFunctionMode):
         result = func(tensor.host, *tree_map(_host, args), **tree_map(_host, kwargs))
         if result is tensor.host:
             return tensor
-        return tree_map(lambda leaf: DeviceTensor(leaf) if isinstance(leaf, torch.Tensor) else leaf, result)
+        return _all_on_device(result)
 
 
 class DeviceOperators(TorchDispatchMode):
@@ -222,6 +228,10 @@ def _on_device(leaf: Any, wrappers: dict[int, DeviceTensor]) -> Any:
 def any_on_device(*trees: Any) -> bool:
     """Whether anything in the arguments is a `DeviceTensor`."""
     return any(isinstance(leaf, DeviceTensor) for leaf in tree_leaves(trees))
+
+
+def _all_on_device(result: Any) -> Any:
+    return tree_map(lambda leaf: DeviceTensor(leaf) if isinstance(leaf, torch.Tensor) else leaf, result)
 
 
 def _names_device(device: Any) -> bool:

@@ -27,6 +27,8 @@ _NOT_A_PLACE = (str(Path(torch.__file__).parent), __file__, str(Path(__file__).w
 class _Stream:
     """What `torch.cuda.current_stream()` gives, as far as it can be waited for."""
 
+    cuda_stream = 0  # the address that tells one stream from another
+
     def __init__(self, record: Record) -> None:
         self._record = record
 
