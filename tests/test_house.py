@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "schedulers": {"identity"},
     "lossy": {"config"},
     "weights": {"models", "cache"},
+    "tuning": {"cache"},
     "compiler": {"failures", "models"},
     "graphs": {"failures", "models"},
     "shapes": set(),
