@@ -90,8 +90,8 @@ def _full_size_step(where) -> dict | None:
         measures=("step",),
         dtype=loading_dtype(FastConfig.preset("balanced")),
         device=str(where),
-        rounds=5,
-        seconds=15,
+        rounds=3,
+        seconds=60,
     )
     # Stock is timed beside the default in any case, and needs no turn of its own.
     results = run_ladder(settings, [rung for rung in rungs_for(settings, ["balanced"]) if rung.name != REFERENCE])

@@ -48,6 +48,13 @@ class Picture(BaseModel):
     seconds: float
 
 
+class Event(BaseModel):
+    """What is told of a picture while it is drawn: JSON of `{"done": 3, "steps": 20}`, a picture, or a refusal."""
+
+    event: Literal["step", "picture", "error"]
+    data: str
+
+
 class Health(BaseModel):
     """Whether pictures can be drawn now."""
 
@@ -137,7 +144,7 @@ def make_app(
                 "description": "PNG with X-Seed, X-Size and X-Seconds, or JSON, or events of steps and then the JSON",
                 "content": {
                     "image/png": {"schema": {"type": "string", "format": "binary"}},
-                    "text/event-stream": {"schema": {"type": "string"}},
+                    "text/event-stream": {"schema": Event.model_json_schema()},
                 },
             },
             **refusals,

@@ -422,7 +422,7 @@ def test_a_body_that_does_not_end_gets_408():
     async def app(scope, receive, send):
         raise AssertionError("an unfinished body went on")
 
-    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": []}
+    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": [(b"content-type", b"application/json")]}
     asyncio.run(Gate(app, None, None, body_seconds=0.2)(scope, receive, send))
     assert sent[0]["status"] == 408
 
