@@ -52,9 +52,10 @@ def why_not_beside(layer: BaseTunerLayer) -> str | None:
     special = set(getattr(layer, "lora_variant", ())) & set(layer.active_adapters)
     if special:
         return f"adapter {sorted(special)[0]!r} is more than a sum"
-    if not isinstance(layer, LoraLayer | LycorisLayer) or (isinstance(layer, LycorisLayer) and layer.training):
-        return f"its adapter is a {type(layer).__name__}"
-    return None
+    if isinstance(layer, LycorisLayer):
+        dropouts = (*layer.rank_dropout.values(), *layer.module_dropout.values())
+        return "its adapter drops out while training" if layer.training and any(dropouts) else None
+    return None if isinstance(layer, LoraLayer) else f"its adapter is a {type(layer).__name__}"
 
 
 def added_by(layer: Any, x: torch.Tensor) -> torch.Tensor | None:

@@ -14,6 +14,7 @@ import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..models.adapters import adapter_modules
@@ -55,9 +56,9 @@ def places(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         if id(module) in inner or id(module) in adapters:
             continue
-        if isinstance(module, GEGLU) and _is_layer(module.proj):
+        if isinstance(module, GEGLU) and _is_layer(layer_of(module)):
             found[name] = module
-            inner.add(id(module.proj))
+            inner.add(id(layer_of(module)))
         elif isinstance(module, nn.Conv2d) and _is_layer(module):
             found[name] = module
         elif isinstance(module, nn.Linear) and _is_layer(module) and _runs_every_step(name, model):
@@ -66,8 +67,9 @@ def places(model: nn.Module) -> dict[str, Any]:
 
 
 def layer_of(place: Any) -> Any:
-    """The layer of a place: of a GEGLU its projection."""
-    return place.proj if isinstance(place, GEGLU) else place
+    """The layer of a place: of a GEGLU its projection, or what an adapter wraps of it."""
+    proj = place.proj if isinstance(place, GEGLU) else place
+    return proj.get_base_layer() if isinstance(proj, BaseTunerLayer) else proj
 
 
 def name_of_layer(name: str, place: Any) -> str:

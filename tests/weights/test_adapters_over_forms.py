@@ -53,7 +53,7 @@ def load(
     folder: Path, scheme: str, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[StableDiffusionXLPipeline, FastStableDiffusionXLPipeline]:
     stock = StableDiffusionXLPipeline.from_pretrained(folder / "checkpoint", torch_dtype=dtype)
-    config = FastConfig.preset("exact", quantization=scheme, pack_weights=True)
+    config = FastConfig.preset("exact", quantization=scheme, pack_weights=True, tuning="off")
     fast = FastStableDiffusionXLPipeline.from_pretrained(folder / "checkpoint", torch_dtype=dtype, fast=config)
     for pipe in (stock, fast):
         pipe.set_progress_bar_config(disable=True)

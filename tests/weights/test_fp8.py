@@ -21,7 +21,7 @@ def pipe(float8_anywhere):
     pipe = load_fast("exact").to(torch.bfloat16)
     pipe.explain()
     # The plan leaves layers as small as these alone.
-    assert apply_quantization(pipe.unet, "fp8-dynamic", min_width=64).taken > 0
+    assert apply_quantization(pipe.unet, "fp8-dynamic", min_weights=64 * 64).taken > 0
     return pipe
 
 

@@ -15,7 +15,7 @@ from fastdiff.bench.ladder import weight_bytes
 from fastdiff.models.memory_format import ChannelsLastTransformer2DModel
 from fastdiff.weights import PackedConv2d, PackedGate, PackedLinear, choose_packing, count_packed
 
-PACKED = FastConfig.preset("exact", pack_weights=True)
+PACKED = FastConfig.preset("exact", pack_weights=True, tuning="off")
 
 
 def load_packed() -> FastStableDiffusionXLPipeline:
