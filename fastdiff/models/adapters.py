@@ -75,7 +75,8 @@ def added_by(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
             down, up = layer.lora_A[name], layer.lora_B[name]
             part = up(down(layer.lora_dropout[name](x.to(down.weight.dtype)))) * layer.scaling[name]
         elif isinstance(layer, LycorisLayer) and name in layer.rank_dropout:
-            part = F.linear(x, layer.get_delta_weight(name).to(x.dtype))
+            with attaching():  # it asks for the base weight's shape
+                part = F.linear(x, layer.get_delta_weight(name).to(x.dtype))
         else:
             continue
         total = part if total is None else total + part

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from diffusers.models.activations import GEGLU
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .question import Option, Question
@@ -39,7 +40,7 @@ class Candidate(Protocol):
 
 def layer_key(layer: Any) -> str:
     """The kind, sizes and dtype of a linear layer, convolution or GEGLU, in words; the same whatever its form."""
-    inner = layer.proj if isinstance(layer, GEGLU) else layer
+    inner = _inner(layer)
     dtype = inner.kind.dtype if hasattr(inner, "kind") else inner.weight.dtype
     kind = str(dtype).removeprefix("torch.")
     if isinstance(inner, nn.Conv2d):
@@ -110,7 +111,13 @@ def _twin(layer: Any) -> Any:
 
 
 def _weight(layer: Any) -> torch.Tensor:
-    return (layer.proj if isinstance(layer, GEGLU) else layer).weight
+    return _inner(layer).weight
+
+
+def _inner(layer: Any) -> Any:
+    """The layer itself, or a GEGLU's projection; an adapter is no part of it."""
+    proj = layer.proj if isinstance(layer, GEGLU) else layer
+    return proj.get_base_layer() if isinstance(proj, BaseTunerLayer) else proj
 
 
 def _stock_name(name: str) -> str:

@@ -182,13 +182,10 @@ def test_fused_lora_is_written_into_the_shared_storage(lora, assert_close):
     plain = draw(reference)
     for pipe in (fast, reference):
         pipe.load_lora_weights(lora)
-    assert not any(a.is_fused for a in self_attentions(fast.unet))
+    assert all(a.is_fused for a in self_attentions(fast.unet)), "an adapter runs beside the fused product"
     adapted = draw(reference)
     assert (adapted - plain).abs().max() > 1e-2
     assert_close(draw(fast), adapted)
-    step = next(s for s in fast.plan if s.name == "fuse_qkv")
-    assert "adapter" in step.reason
-
     for pipe in (fast, reference):
         pipe.fuse_lora()
     assert all(a.is_fused for a in self_attentions(fast.unet))
