@@ -77,6 +77,7 @@ def _run_serve(arguments: argparse.Namespace) -> int:
             port=arguments.port,
             digest=None if arguments.key is None else key_digest(arguments.key),
             hint=hint,
+            shared=arguments.address is not None,
         )
     return 0
 

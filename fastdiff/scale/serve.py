@@ -138,6 +138,7 @@ def run_server(
     port: int,
     digest: bytes | None,
     hint: str | None = None,
+    shared: bool = False,
 ) -> None:
     """Serve until SIGINT or SIGTERM; Ray must be running.
 
@@ -150,6 +151,8 @@ def run_server(
         host, port: where to listen.
         digest: of the API key, or None.
         hint: what the page says about the model.
+        shared: the cluster goes on without us, and Serve has to be taken off it. A cluster of our own ends as a whole,
+            which is quicker, and Ray then complains of nothing.
 
     Raises:
         UsageError: Serve already runs on the cluster, or the model does not load.
@@ -190,4 +193,5 @@ def run_server(
         reason = serve.status().applications[_APPLICATION].deployments[_PAINTER].message or str(error)
         raise UsageError(f"the workers do not start: {reason.strip().splitlines()[-1]}") from error
     finally:
-        serve.shutdown()
+        if shared:
+            serve.shutdown()
