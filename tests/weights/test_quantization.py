@@ -450,7 +450,7 @@ def test_by_default_layers_are_quantized_once_no_stock_pipeline_shares_them(tmp_
     steps = {step.name: step for step in pipe.plan}
     assert steps["quantize"].applied and UNITS in steps["quantize"].reason
     assert "measured here" in steps["quantize"].reason and count_kind(pipe.unet, Int8Linear) > 0
-    assert 0 < (moved - near).norm() / reference.norm() < 0.05
+    assert 0.02 < (moved - near).norm() / reference.norm() < 0.15
     assert torch.equal(draw(pipe).float(), moved), "the plan is applied once"
     assert torch.equal(draw(exact).float(), near), "the plan of the other pipeline gets plain weights back"
 
