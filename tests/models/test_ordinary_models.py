@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0
 from support.embedded import draw, load_fast, load_stock
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -121,6 +121,14 @@ def test_signatures_and_outputs_are_stocks(name, models):
     if result is not None:
         assert isinstance(result, tuple) and result["sample"] is result.sample is result[0] is result.to_tuple()[0]
         assert dict(result.items()).keys() == {*result.keys()} == {"sample"} and result.values() == tuple(result)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_default_processors(name, models, assert_close):
+    model = KINDS[name][1].from_stock(models[name])
+    model.set_default_attn_processor()
+    assert {type(processor) for processor in model.attn_processors.values()} == {AttnProcessor}
+    assert_close(output(model), output(models[name]))
 
 
 def test_a_stand_in_equals_its_stock_class_alone():
