@@ -1,20 +1,24 @@
 """Every snippet of diffusers' guide "Accelerate inference", in its order, run on the stock class and on the fast one.
 
 The fast one gets the snippet with the class's name changed, and nothing else: as it stands, and after a first picture;
-each followed by a call of another size and another batch. Both read the embedded checkpoint, and "cuda" as the device
-at hand.
+each followed by a call of another size and another batch. Both read a tiny checkpoint, and "cuda" as the device at
+hand.
 """
 
 from __future__ import annotations
 
+import atexit
 import functools
+import tempfile
 import textwrap
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from support.tiny import save_tiny
 from torch.nn.attention import sdpa_kernel
 
 import fastdiff
@@ -152,6 +156,13 @@ def dynamic_quant_filter_fn(module, name):
 LARGEST, MEAN = 1, 4.0
 
 
+@functools.cache
+def tiny_checkpoint() -> Path:
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return save_tiny(Path(folder.name))
+
+
 class Run:
     """One snippet on one class, and the pictures that it draws."""
 
@@ -169,7 +180,7 @@ class Run:
         self.execute(textwrap.dedent(after))
 
     def execute(self, code: str) -> None:
-        code = code.replace('"cuda"', repr(DEVICE)).replace(f'"{CHECKPOINT}"', repr(str(fastdiff.EMBEDDED_CHECKPOINT)))
+        code = code.replace('"cuda"', repr(DEVICE)).replace(f'"{CHECKPOINT}"', repr(str(tiny_checkpoint())))
         if self.fast:
             code = code.replace("from diffusers import Stable", "from fastdiff import FastStable")
             code = code.replace("= StableDiffusionXLPipeline.", "= FastStableDiffusionXLPipeline.")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.embedded import draw, load_fast, load_stock
+from support.embedded import draw, load_fast
+from support.tiny import load_tiny, tiny_unet
 from torch._dynamo.utils import counters
 
 from fastdiff import FastConfig, FastStableDiffusionXLPipeline, FastUNet2DConditionModel
@@ -15,6 +16,15 @@ def traced_only(fresh_compiler):
     """Run graphs as they were traced, without generating code."""
     with torch.compiler.set_stance("default", force_backend="eager"):
         yield
+
+
+@pytest.fixture(scope="module")
+def stock():
+    return load_tiny()
+
+
+def load_fast_tiny(config="exact") -> FastStableDiffusionXLPipeline:
+    return load_fast(config, unet=tiny_unet())
 
 
 def unet_inputs(unet, batch: int, size: int, tokens: int, timestep) -> dict:
@@ -47,7 +57,7 @@ CALLS = [
 def test_a_compiled_unet_makes_no_more_graphs_than_stock(assert_close):
     """Stock passes the compiler's limit of graphs in some of these calls, and so may ours: the limit is lifted."""
     made = {}
-    unets = {"stock": load_stock().unet, "fast": FastUNet2DConditionModel.from_stock(load_stock().unet)}
+    unets = {"stock": tiny_unet(), "fast": FastUNet2DConditionModel.from_stock(tiny_unet())}
     results = {}
     for name, unet in unets.items():
         torch.compiler.reset()
@@ -69,7 +79,7 @@ FORMS = ["torch.compile", "compile()", "blocks", "blocks one by one", "dynamic",
 
 @pytest.mark.parametrize(("form", "first_picture"), [(form, index % 2 == 0) for index, form in enumerate(FORMS)])
 def test_forms(form, first_picture, stock, assert_close):
-    pipe = load_fast("exact")
+    pipe = load_fast_tiny()
     if first_picture:
         draw(pipe)
     if form == "torch.compile":
@@ -102,7 +112,7 @@ def test_forms(form, first_picture, stock, assert_close):
 
 
 def test_the_plan_compiles_nothing_on_top_and_takes_off_what_it_had(stock, assert_close):
-    pipe = load_fast(FastConfig.preset("exact", compile="regional"))
+    pipe = load_fast_tiny(FastConfig.preset("exact", compile="regional"))
     pipe._apply_plan()
     assert any("_compiled_method" in module.__dict__ for module in pipe.unet.modules())
     pipe.unet = torch.compile(pipe.unet, fullgraph=True)
@@ -112,14 +122,14 @@ def test_the_plan_compiles_nothing_on_top_and_takes_off_what_it_had(stock, asser
 
 
 def test_a_decoder_compiled_by_the_user(stock, assert_close):
-    pipe = load_fast("exact")
+    pipe = load_fast_tiny()
     pipe.vae.decode = torch.compile(pipe.vae.decode, fullgraph=True)
     assert_close(draw(pipe, output_type="pt"), draw(stock, output_type="pt"))
     assert counters["stats"]["unique_graphs"] == 1 and "AutoencoderKL.decode" in pipe.explain()
 
 
 def test_a_stock_unet_compiled_by_the_user_is_compiled_as_it_was(stock, assert_close):
-    source = load_stock()
+    source = load_tiny()
     source.unet = torch.compile(source.unet, fullgraph=True, dynamic=False)
     pipe = FastStableDiffusionXLPipeline.from_pipe(source, fast="exact")
     pipe.set_progress_bar_config(disable=True)
