@@ -64,7 +64,9 @@ class FastUNet2DConditionModel(FastModelMixin, UNet2DConditionModel):
         """
         if isinstance(unet, cls):
             return unet
-        return share_weights(unet, UNet2DConditionModel, cls)
+        fast = share_weights(unet, UNet2DConditionModel, cls)
+        fast._make_fast()
+        return fast
 
     def _make_fast(self) -> None:
         super()._make_fast()
