@@ -55,7 +55,9 @@ class FastControlNetModel(FastModelMixin, ControlNetModel):
         """
         if isinstance(controlnet, cls):
             return controlnet
-        return share_weights(controlnet, ControlNetModel, cls)
+        fast = share_weights(controlnet, ControlNetModel, cls)
+        fast._make_fast()
+        return fast
 
     def _make_fast(self) -> None:
         super()._make_fast()

@@ -32,6 +32,5 @@ def share_weights(module: nn.Module, stock: type[nn.Module], fast: type[M]) -> M
     kept = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
     twin: Any = copy.deepcopy(module, kept)
     twin.__class__ = fast
-    twin._make_fast()
     twin.shares_weights_with = weakref.ref(module)
     return twin

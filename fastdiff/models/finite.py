@@ -65,7 +65,9 @@ class FiniteCheck:
         for name in ("latents", "picture"):
             if name in self._flags and not self._flags[name]:
                 active = f" ({', '.join(adapters)} active)" if adapters else ""
-                return _CAUSES[name].format(adapters=active)
+                # Of a decoder that the user compiled nobody knows what went into it.
+                causes = [name] if "latents" in self._flags else ["latents", "picture"]
+                return " Or: ".join(_CAUSES[cause] for cause in causes).format(adapters=active)
         return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers.models.attention_processor import FusedAttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
 from torch import nn
 
 from .attention import apply_fusion
@@ -64,6 +64,14 @@ class FusedProjectionsMixin(_Stock):
         """As upstream; layers that get back fastdiff's processor are fused again."""
         super().set_attn_processor(processor)
         self._after_layer_change()
+
+    def set_default_attn_processor(self) -> None:
+        """As upstream: plain attention everywhere."""
+        # Upstream looks the classes up in a list of its own.
+        ours, plain = FusedQKVAttnProcessor, AttnProcessor2_0()
+        now = self.attn_processors
+        super().set_attn_processor({name: plain if type(p) is ours else p for name, p in now.items()})
+        super().set_default_attn_processor()
 
     def _after_layer_change(self) -> None:
         """Processors or adapters have changed: a model that keeps what it got from its layers lets go of it here."""

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
 
@@ -65,7 +64,9 @@ class FastUNet2DConditionModel(FastModelMixin, UNet2DConditionModel):
         """
         if isinstance(unet, cls):
             return unet
-        return share_weights(unet, UNet2DConditionModel, cls)
+        fast = share_weights(unet, UNet2DConditionModel, cls)
+        fast._make_fast()
+        return fast
 
     def _make_fast(self) -> None:
         super()._make_fast()
@@ -169,16 +170,6 @@ class FastUNet2DConditionModel(FastModelMixin, UNet2DConditionModel):
             self._time_rows[step, device, dtype] = row
         while len(self._time_rows) > max(_MAX_TIME_ROWS, len(steps)):
             self._time_rows.popitem(last=False)
-
-    def set_attn_processor(self, processor) -> None:
-        """As upstream; layers that get back fastdiff's processor are fused again.
-        """
-        super().set_attn_processor(processor)
-
-    def set_default_attn_processor(self) -> None:
-        """As upstream: plain attention everywhere."""
-        super().set_attn_processor(AttnProcessor2_0())
-        super().set_default_attn_processor()
 
     def free_caches(self) -> None:
         """Free the cached keys, values and time embeddings; they are made again when needed."""

@@ -56,7 +56,9 @@ class FastAutoencoderKL(FastModelMixin, AutoencoderKL):
         """
         if isinstance(vae, cls):
             return vae
-        return share_weights(vae, AutoencoderKL, cls)
+        fast = share_weights(vae, AutoencoderKL, cls)
+        fast._make_fast()
+        return fast
 
     def encode(self, x: torch.Tensor, return_dict: bool = False) -> EncodedImage | AutoencoderKLOutput:
         """Encode images, (batch, 3, height, width) in [-1, 1], to a distribution over latents."""

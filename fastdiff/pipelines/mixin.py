@@ -293,7 +293,7 @@ class FastPipelineMixin(WarmupMixin, SavingMixin, MergingMixin, FastLoadingMixin
                 model.prepare_timesteps(self.scheduler.timesteps, self._execution_device, model.dtype)
         return super().prepare_extra_step_kwargs(*args, **kwargs)
 
-    def progress_bar(self, iterable=None, total: int | None = None):
+    def progress_bar(self, iterable=None, total=None):
         """Upstream's hook around the loop: a bar that also tells where the loop is."""
         bar = super().progress_bar(iterable, total)
         return bar if total is None else DenoisingLoop(self, bar, total)
