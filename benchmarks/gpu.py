@@ -33,7 +33,7 @@ from fastdiff.bench.settings import MEASURES, SDXL_RANDOM, Settings  # noqa: E40
 
 # A part that gets less than this could only load.
 _LEAST_SECONDS = 20
-_FIRST = ("ratio", "first picture", "error", "waits", "pictures/s")
+_FIRST = ("taken off", "first picture", "error", "waits", "pictures/s")
 
 
 def settings_for(dry: bool, steps: int | None) -> Settings:

@@ -13,11 +13,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .config import FastConfig
+
+T = TypeVar("T")
 
 _current: ContextVar[Failures | None] = ContextVar("fastdiff_failures", default=None)
 
@@ -65,13 +67,34 @@ class Failures:
     def __contains__(self, step: str) -> bool:
         return step in self._reasons
 
-    def __getitem__(self, step: str) -> str:
-        return self._reasons[step]
-
     @property
     def steps(self) -> tuple[str, ...]:
         """The names of the plan's steps that failed."""
         return tuple(self._reasons)
+
+    def get(self, step: str) -> str | None:
+        """Why a step failed, or None."""
+        return self._reasons.get(step)
+
+    def attempt(self, step: str, apply: Callable[[], T]) -> T | None:
+        """Apply a step of the plan by `without`'s configuration, once more if it fails: then to take it off.
+
+        Returns:
+            The result; None where not even taking it off went well: half of a step gives right results, too.
+        """
+        if step not in self:
+            try:
+                return apply()
+            except Exception as error:
+                if is_answer(error):
+                    raise
+                self.note(step, error)
+        try:
+            return apply()
+        except Exception as error:
+            if is_answer(error):
+                raise
+            return None
 
     def note(self, step: str, error: Exception) -> None:
         """Remember that a step of the plan failed, and warn of it once.
@@ -85,24 +108,39 @@ class Failures:
             self._reasons[step] = _reason(error)
             _warn(step, error)
 
-    def take_off(self, step: str, error: Exception) -> None:
-        """As `note`, before it is known whether the step is to blame: without a warning."""
-        self._reasons[step] = _reason(error)
-
-    def confirm(self, taken_off: dict[str, Exception]) -> None:
-        """What was taken off was to blame: the picture is drawn."""
-        for step, error in taken_off.items():
-            _warn(step, error)
-
-    def forget(self, taken_off: dict[str, Exception]) -> None:
-        """What was taken off was not to blame: the picture fails without it too."""
-        for step in taken_off:
-            self._reasons.pop(step, None)
-
     def without(self, config: FastConfig) -> FastConfig:
         """A configuration that leaves out what failed."""
         fields: dict[str, Any] = {name: value for step in self._reasons for name, value in _OFF[step].items()}
         return dataclasses.replace(config, **fields)
+
+    def draw(
+        self, picture: Callable[[], T], is_first: Callable[[], bool], generator: torch.Generator | list | None
+    ) -> T:
+        """Draw a picture; while it fails in the code of a step of the plan, take that off and draw it anew.
+
+        Args:
+            picture: draws it.
+            is_first: whether the plan has not drawn a picture yet; after that it is the call that is at fault.
+            generator: of the call, which goes back to where it was.
+        """
+        taken_off: dict[str, Exception] = {}
+        put_back = random_states(generator)
+        while True:
+            try:
+                drawn = picture()
+            except Exception as error:
+                step = self.culprit(error) if is_first() else None
+                if step is None:
+                    # Nothing that was taken off was to blame.
+                    for name in taken_off:
+                        self._reasons.pop(name, None)
+                    raise
+                self._reasons[step], taken_off[step] = _reason(error), error
+                put_back()
+            else:
+                for name, error in taken_off.items():
+                    _warn(name, error)
+                return drawn
 
     def culprit(self, error: Exception) -> str | None:
         """The step of the plan whose code, or what torch does for it, raised an error; None if it was none of them."""

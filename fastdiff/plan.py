@@ -25,7 +25,7 @@ import torch
 from .choices import FormChoices
 from .compiler import apply_compilation, choose_compile, compiled_by_user, expect_new_graphs, undo_compilation
 from .config import FastConfig
-from .failures import Failures, is_answer
+from .failures import Failures
 from .graphs import GraphPool, apply_graphs, remove_graphs, why_no_graphs
 from .graphs.recording import CudaRecorder
 from .lossy.deep_cache import apply_deep_cache, remove_deep_cache
@@ -62,8 +62,7 @@ class Plan(WeightSteps):
 
     def __init__(self, config: FastConfig, unet, vae, scheduler, controlnets=(), device=None, failures=None, bar=None):
         self.failures = failures or Failures(config.strict)
-        self.config, self.scheduler = self.failures.without(config), scheduler
-        self.unet, self.vae = unwrapped(unet), unwrapped(vae)
+        self._config, self.unet, self.vae, self.scheduler = config, unwrapped(unet), unwrapped(vae), scheduler
         self.controlnets, self.device = [unwrapped(net) for net in controlnets], device or unet.device
         self.denoisers, self.bar = [self.unet, *self.controlnets], bar or {}
         self.forms: dict[object, FormChoices] = {}
@@ -71,6 +70,11 @@ class Plan(WeightSteps):
         self.by_user = {id(unwrapped(c)): how for c in components if (how := compiled_by_user(c)) is not None}
         for component in components:
             prepare_compiled(component)
+
+    @property
+    def config(self) -> FastConfig:
+        """What is asked for, without what has failed."""
+        return self.failures.without(self._config)
 
     def apply(self) -> list[PlanStep]:
         """Apply every step that is not yet in place, in order; returns all steps."""
@@ -102,22 +106,8 @@ class Plan(WeightSteps):
 
     def _attempt(self, name: str, step: Callable[[], PlanStep]) -> PlanStep:
         """Apply a step; one that fails, now or in an earlier picture, is taken off, and the plan says why."""
-        if name not in self.failures:
-            try:
-                return step()
-            except Exception as error:
-                if is_answer(error):
-                    raise
-                self.failures.note(name, error)
-                self.config = self.failures.without(self.config)
-        try:
-            left_out = step()
-        except Exception as error:
-            if is_answer(error):
-                raise
-            # Not even taking off what was done of it: half of a step gives right results, too.
-            left_out = PlanStep(name, False, "")
-        return replace(left_out, applied=False, reason=self.failures[name])
+        done, reason = self.failures.attempt(name, step) or PlanStep(name, False, ""), self.failures.get(name)
+        return done if reason is None else replace(done, applied=False, reason=reason)
 
     def prepare_offload(self, fused: bool) -> None:
         """Do what has to be done before single layers are moved in and out; takes off compiled code.
@@ -160,20 +150,11 @@ class Plan(WeightSteps):
         return PlanStep(name, True, f"{type(self.scheduler).__name__} keeps its schedule on the CPU")
 
     def _channels_last(self) -> PlanStep:
-        wanted, norms = self.config.channels_last, self._why_no_norms()
+        wanted, norms = self.config.channels_last, why_no_kernels(self.device, self.unet.dtype)
         for model in (*self.denoisers, self.vae):
             apply_channels_last(model, wanted, norms is None)
-        if not wanted:
-            return PlanStep("channels_last", False, _OFF.format("channels_last"))
-        if self.device.type != "cuda":
-            return PlanStep("channels_last", True, "convolutions")
-        return PlanStep("channels_last", True, f"convolutions{', and GroupNorms' if norms is None else f'; {norms}'}")
-
-    def _why_no_norms(self) -> str | None:
-        """Why our GroupNorm is not used, or None."""
-        if not self.config.channels_last:
-            return _OFF.format("channels_last")
-        return why_no_kernels(self.device, self.unet.dtype)
+        reason = f"convolutions; GroupNorm: {norms or 'our kernels'}" if wanted else _OFF.format("channels_last")
+        return PlanStep("channels_last", wanted, reason)
 
     def _fuse(self) -> PlanStep:
         name, fused, chosen = "fuse_qkv", 0, set()
@@ -214,7 +195,7 @@ class Plan(WeightSteps):
         offloading = inner_offloading(self.unet)
         if choice.mode != "off" and offloading is not None:
             return PlanStep("compile", False, f"{offloading} moves weights inside of the regions")
-        norms = self._why_no_norms() is None
+        norms = why_no_kernels(self.device, self.unet.dtype) is None
         for model in (*self.denoisers, self.vae):
             wanted = ("off" if self._is_left_alone(model) else choice.mode, self.device.type)
             if getattr(model, "compiled_for", ("off", self.device.type)) != wanted:

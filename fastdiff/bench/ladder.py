@@ -72,7 +72,7 @@ def _preset(name: str) -> Build:
     def build(base: StableDiffusionXLPipeline, settings: Settings) -> StableDiffusionXLPipeline:
         # Fusing moves weights within their `Parameter` objects; compiled code of other rungs would see that.
         stock = twin(base, channels_last=True, own_parameters=True)
-        pipe = FastStableDiffusionXLPipeline.from_pipe(stock, fast=FastConfig.preset(name))
+        pipe = FastStableDiffusionXLPipeline.from_pipe(stock, fast=FastConfig.preset(name, strict=True))
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

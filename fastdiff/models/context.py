@@ -263,7 +263,8 @@ def _signature(context: torch.Tensor, attn: Attention) -> tuple:
     kind = context.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     # What another stream still reads, this one must not write to.
-    stream = torch.cuda.current_stream(context.device).cuda_stream if kind == "cuda" else None
+    on_gpu = kind == "cuda" and torch.cuda.is_initialized()
+    stream = torch.cuda.current_stream(context.device).cuda_stream if on_gpu else None
     return context.shape, context.device, context.dtype, attn.to_k.weight.dtype, autocast, stream
 
 

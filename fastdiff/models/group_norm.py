@@ -43,11 +43,11 @@ def has_kernels() -> bool:
 
 @functools.cache
 def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why GroupNorms on a device are left to PyTorch, or None; the kernels are tried, and compared, once."""
+    """Whose GroupNorm serves a device, and why, or None for our kernels; they are tried, and compared, once."""
     if device.type != "cuda":
-        return f"there are no kernels for {device.type}"
+        return f"PyTorch's, which keeps the format on {device.type}"
     if not has_kernels():
-        return "Triton is not installed"
+        return "PyTorch's, as Triton is not installed"
     try:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(2, 60, 17, 9, generator=generator).mul_(3).add_(5)
@@ -56,8 +56,8 @@ def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
         call = x, 6, scale.to(device, dtype), shift.to(device, dtype), 1e-5, True
         difference = (_on_cuda(*call) - _plain(*call)).abs().max().item()
     except Exception as error:
-        return f"the kernels failed: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
-    return None if difference < _LARGEST_DIFFERENCE else f"the kernels differ by {difference:.3g}"
+        return f"PyTorch's, as our kernels failed: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+    return None if difference < _LARGEST_DIFFERENCE else f"PyTorch's, as our kernels differ by {difference:.3g}"
 
 
 def is_channels_last(x: torch.Tensor) -> bool:

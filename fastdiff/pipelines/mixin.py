@@ -17,7 +17,7 @@ from diffusers.image_processor import VaeImageProcessor
 
 from ..compiler.progress import CompileProgress
 from ..config import FastConfig
-from ..failures import Failures, random_states
+from ..failures import Failures
 from ..graphs import graph_pools, graphed_methods
 from ..identity import StandIn
 from ..lossy.loop import DenoisingLoop
@@ -212,23 +212,10 @@ class FastPipelineMixin(WarmupMixin, SavingMixin, MergingMixin, FastLoadingMixin
 
     @torch.no_grad()
     def __call__(self, *args, **kwargs):
-        taken_off: dict[str, Exception] = {}
-        put_back = random_states(kwargs.get("generator"))
-        while True:
-            try:
-                output = self._draw(*args, **kwargs)
-            except Exception as error:
-                # With a plan that has drawn a picture, it is the call that is at fault.
-                step = self._failures.culprit(error) if self._drawn_with != self._plan_key else None
-                if step is None:
-                    self._failures.forget(taken_off)
-                    raise
-                self._failures.take_off(step, error)
-                taken_off[step] = error
-                put_back()
-            else:
-                self._failures.confirm(taken_off)
-                return output
+        generator = kwargs.get("generator")
+        return self._failures.draw(
+            lambda: self._draw(*args, **kwargs), lambda: self._drawn_with != self._plan_key, generator
+        )
 
     def _draw(self, *args, **kwargs):
         bars, watching = getattr(self, "_progress_bar_config", {}), self._failures.watching()

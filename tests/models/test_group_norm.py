@@ -68,16 +68,16 @@ def test_layer_is_an_ordinary_one_where_there_are_no_kernels():
 
 def test_kernels_are_tried_before_they_are_used(monkeypatch):
     cuda, kind = torch.device("cuda"), torch.float32
-    assert why_no_kernels(torch.device("cpu"), kind) == "there are no kernels for cpu"
+    assert why_no_kernels(torch.device("cpu"), kind) == "PyTorch's, which keeps the format on cpu"
     monkeypatch.setattr(group_norm, "has_kernels", lambda: False)
-    assert why_no_kernels.__wrapped__(cuda, kind) == "Triton is not installed"
+    assert why_no_kernels.__wrapped__(cuda, kind) == "PyTorch's, as Triton is not installed"
     monkeypatch.setattr(group_norm, "has_kernels", lambda: True)
     monkeypatch.setattr(torch.Tensor, "to", lambda x, *_, memory_format=None: (
         x if memory_format is None else x.contiguous(memory_format=memory_format)))  # fmt: skip
     for works, answer in (
         (lambda *call: group_norm._plain(*call), None),
-        (lambda *call: group_norm._plain(*call) + 1, "the kernels differ by 1"),
-        (lambda *call: 1 / 0, "the kernels failed: ZeroDivisionError"),
+        (lambda *call: group_norm._plain(*call) + 1, "PyTorch's, as our kernels differ by 1"),
+        (lambda *call: 1 / 0, "PyTorch's, as our kernels failed: ZeroDivisionError"),
     ):
         monkeypatch.setattr(group_norm, "_on_cuda", works)
         why = why_no_kernels.__wrapped__(cuda, kind)
