@@ -138,8 +138,8 @@ class Failures:
                 self._reasons[step], taken_off[step] = _reason(error), error
                 put_back()
             else:
-                for name, error in taken_off.items():
-                    _warn(name, error)
+                for name, fault in taken_off.items():
+                    _warn(name, fault)
                 return drawn
 
     def culprit(self, error: Exception) -> str | None:
