@@ -132,7 +132,8 @@ def _fill(model: nn.Module, tensors: dict[str, torch.Tensor], scheme: str) -> No
                 module._parameters[key] = nn.Parameter(value, requires_grad=False)
     if tensors:
         raise ValueError(f"unknown tensors, such as {next(iter(tensors))!r}")
-    convert_feed_forward(model)
+    if any(isinstance(module, Int8) for module in model.modules()):
+        convert_feed_forward(model)
 
 
 def _check_shape(name: str, value: torch.Tensor, expected: torch.Tensor) -> None:
