@@ -17,10 +17,10 @@ from .tuning import PLAIN, Answers, Outcome, Tuner, choose, input_shapes, layer_
 from .weights.native import load_kernels
 from .weights.places import CANDIDATES, INT8, PACKED, places, shipped_choice
 
-# Below this many parameters a model's layers are so small that what they cost is the way through Python.
-MIN_PARAMETERS = 100_000_000
-# Of tuning, for each parameter of a model, up to what the tuner takes by itself.
-_SECONDS_PER_PARAMETER, _MAX_SECONDS = 3e-9, 6.0
+# Below this many parameters layers are so small that what they cost is the way through Python. VAEs have more.
+MIN_PARAMETERS = 10_000_000
+# Of tuning, for each parameter of a model, up to what a UNet gets.
+_SECONDS_PER_PARAMETER, _MAX_SECONDS = 2e-8, 4.0
 
 
 @dataclass(frozen=True)
