@@ -38,8 +38,8 @@ _OFF: dict[str, dict[str, object]] = {
 }
 # Whose code runs in a step that is neither compiled nor recorded, for which these errors are caught where they arise.
 _HOMES: dict[str, tuple[str, ...]] = {
-    "pack_weights": ("fastdiff.weights.packed", "fastdiff.weights.packing"),
-    "quantize": ("fastdiff.weights.int8", "torchao"),
+    "pack_weights": ("fastdiff.weights.packed", "fastdiff.weights.packing", "fastdiff.weights.geglu"),
+    "quantize": ("fastdiff.weights.int8", "fastdiff.weights.torchao_form", "fastdiff.weights.geglu", "torchao"),
     "fuse_qkv": ("fastdiff.models.processor", "fastdiff.models.attention"),
     "context_cache": ("fastdiff.models.context", "fastdiff.models.processor"),
     "host schedule": ("fastdiff.schedulers",),

@@ -13,6 +13,7 @@ from support.loras import write_lora
 from support.tape_recorder import TapeRecorder
 
 import fastdiff.plan
+import fastdiff.weight_steps
 from fastdiff import FastConfig, OptimizationWarning
 from fastdiff.failures import _HOMES, _OFF, Failures
 from fastdiff.graphs.wiring import Wiring
@@ -101,9 +102,9 @@ def wiring(patch):
 
 
 def quantize_raises(patch):
-    patch.setattr("fastdiff.plan.choose_quantization", lambda requested, *_, **__: (
+    patch.setattr("fastdiff.weight_steps.choose_quantization", lambda requested, *_, **__: (
         fastdiff.weights.schemes.QuantizationChoice(None if requested == "none" else "int8-weight-only", "a test")))
-    patch.setattr("fastdiff.plan.apply_quantization", raising(ImportError("torchao: undefined symbol")))
+    patch.setattr("fastdiff.weight_steps.apply_quantization", raising(ImportError("torchao: undefined symbol")))
 
 
 def attribute(target, name: str, error: Exception):
@@ -111,7 +112,8 @@ def attribute(target, name: str, error: Exception):
 
 
 COMPILED = {"compile": "regional"}
-PACKED = {"pack_weights": True}
+# By the shipped table: measuring would find out, and not take the form.
+PACKED = {"pack_weights": True, "tuning": "off"}
 FAULTS = {
     "no C++ compiler": ("compile", no_cxx_compiler, COMPILED),
     "no Triton": ("compile", no_triton, COMPILED),
@@ -129,7 +131,7 @@ FAULTS = {
     "torchao failing": ("quantize", quantize_raises, {"quantization": "auto"}),
     "an operator that is missing": (
         "pack_weights", lambda patch: patch.setattr("fastdiff.weights.packed._linear", raising(MISSING)), PACKED),
-    "packing failing": ("pack_weights", attribute(fastdiff.plan, "apply_packing", MISSING), PACKED),
+    "packing failing": ("pack_weights", attribute(fastdiff.weight_steps, "apply_packing", MISSING), PACKED),
     "out of memory while fusing": ("fuse_qkv", attribute(FastAttention, "fuse", OUT_OF_MEMORY), {}),
     "out of memory for another memory format": (
         "channels_last", attribute(fastdiff.plan, "apply_channels_last", OUT_OF_MEMORY), {}),
