@@ -14,7 +14,8 @@ M = TypeVar("M", bound=nn.Module)
 
 def is_plain(weight: torch.Tensor) -> bool:
     """Whether a weight holds its own numbers, and not those of a quantized one."""
-    return type(weight.data) is torch.Tensor and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
+    is_made_of_others = hasattr(weight, "__tensor_flatten__")
+    return not is_made_of_others and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
 
 
 def leaves(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

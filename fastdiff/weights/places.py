@@ -19,6 +19,7 @@ from torch import nn
 
 from ..models.adapters import adapter_modules
 from ..models.form import Form, Source
+from ..models.storage import is_plain as is_plain_weight
 from .geglu import GatedGEGLU
 from .int8 import Int8, Int8Conv2d, Int8Gate, Int8Linear
 from .packed import Packed, PackedConv2d, PackedGate, PackedLinear
@@ -152,7 +153,7 @@ def _is_layer(layer: Any) -> bool:
         return not isinstance(layer, TorchaoLinear) and (isinstance(layer, Packed) or layer.source is not None)
     if type(layer) not in (nn.Linear, nn.Conv2d):
         return False
-    return type(layer.weight.data) is torch.Tensor and layer.weight.device.type != "meta"
+    return is_plain_weight(layer.weight) and layer.weight.device.type != "meta"
 
 
 def _kind(layer: Any) -> tuple[torch.dtype, torch.device]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..models.adapters import adapter_modules
 from ..models.form import Form
+from ..models.storage import is_plain as is_plain_weight
 from .int8 import Int8, convert_feed_forward
 from .packed import Packed
 from .packing import is_of_context
@@ -145,7 +146,7 @@ def is_plain(layer: nn.Linear) -> bool:
     """Whether a layer's weight is an ordinary tensor of its own kind, packed or not, and not a quantized one."""
     if isinstance(layer, Packed):
         return True
-    return type(layer) is nn.Linear and type(layer.weight.data) is torch.Tensor
+    return type(layer) is nn.Linear and is_plain_weight(layer.weight)
 
 
 def uses_onednn(scheme: str, model: nn.Module) -> bool:
