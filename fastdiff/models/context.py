@@ -199,6 +199,10 @@ class FastTransformerBlock(BasicTransformerBlock, metaclass=StandIn):
         return compiled(*args, **kwargs)
 
 
+# torch saves no trace over a class whose two names differ, as it takes it for a local one.
+FastTransformerBlock.__qualname__ = FastTransformerBlock.__name__
+
+
 def attach_context_cache(model: nn.Module) -> ContextCache:
     """Build the context cache of a model and let its transformer blocks pick their own layer's keys and values.
 

@@ -140,6 +140,3 @@ def test_clipping_has_no_weights(stock_class, options, named):
         fast.step_weights()
 
 
-def test_weights_need_a_schedule():
-    with pytest.raises(ValueError, match="set_timesteps"):
-        fast_of(EulerDiscreteScheduler)().step_weights()
