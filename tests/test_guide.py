@@ -230,8 +230,8 @@ def pictures(heading: str, fast: bool, first_picture: bool = False) -> list[np.n
 @pytest.mark.parametrize("when", ["as it stands", "after a first picture"])
 @pytest.mark.parametrize("heading", GUIDE)
 def test_guide(heading, when):
-    if when != "as it stands" and "compil" in heading.lower() and "FASTDIFF_GUIDE" not in os.environ:
-        pytest.skip("traces a whole UNet several times more; FASTDIFF_GUIDE=all runs it")
+    if any(word in heading.lower() for word in ("compil", "graph breaks")) and "FASTDIFF_LONG" not in os.environ:
+        pytest.skip("traces a whole UNet several times; FASTDIFF_LONG=1 runs it")
     expected = stock_pictures(heading)
     if isinstance(expected, str):
         pytest.skip(expected)

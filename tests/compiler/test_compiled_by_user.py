@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from support.embedded import draw, load_fast
@@ -9,6 +11,10 @@ from support.tiny import load_tiny, tiny_unet
 from torch._dynamo.utils import counters
 
 from fastdiff import FastConfig, FastStableDiffusionXLPipeline, FastUNet2DConditionModel
+
+pytestmark = pytest.mark.skipif(
+    "FASTDIFF_LONG" not in os.environ, reason="traces whole models many times; FASTDIFF_LONG=1 runs it"
+)
 
 
 @pytest.fixture(autouse=True)
