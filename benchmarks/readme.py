@@ -70,6 +70,7 @@ class Result:
 def load(folder: Path = RESULTS) -> list[Result]:
     """The newest result of each theme on each chip, by chip."""
     results = [_result(path) for path in sorted(folder.glob("*.json"), key=lambda path: path.stem.rpartition("_")[2])]
+    results = [result for result in results if result.theme in SECTIONS]  # others are for reading as they are
     # Some files do not name the processor. Where all others of that day are of one, it was that one.
     of_day: dict[str, set] = {}
     for result in results:
