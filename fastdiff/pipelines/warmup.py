@@ -33,7 +33,8 @@ class WarmupMixin(_Pipeline):
 
         What is compiled serves every size and length of prompt; a model that gets one sample and one that gets several
         have code of their own. So a call of one picture with guidance, as is asked for by default, leaves nothing to
-        compile for other such calls; `batch_sizes=[1, 2], guidance_scale=1.0` leaves nothing for any call.
+        compile for other such calls; `batch_sizes=[1, 2], guidance_scale=1.0` leaves nothing for any call. (Ask for
+        sizes that halve evenly: upsampling to an odd size is not compiled, so its code would still be missing.)
 
         Pictures, masks and control pictures that the pipeline takes are black ones unless `kwargs` has them.
 
