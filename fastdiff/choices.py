@@ -125,6 +125,18 @@ def tuned_models(pipe: Any) -> list[Any]:
     return [model for model in models if isinstance(model, FastModelMixin)]
 
 
+def tuning_digest(pipe: Any) -> str | None:
+    """What stands for the measurements that a fast pipeline's choices come from; None where nothing is chosen by any.
+
+    Where it is equal, layers have equal forms, and pictures equal bits.
+    """
+    models, tuning = tuned_models(pipe), pipe.active_config.tuning
+    if tuning == "off" or not models or models[0].device.type != "cpu":
+        return None
+    tuner = _tuner(models[0], tuning)
+    return tuner.digest if tuner.answers else None
+
+
 def measured_table(models: list[Any], tuning: str, side: int | None) -> tuple[list[str], Path]:
     """Measure anew, whatever is known; returns a line for each distinct shape, and the file that remembers.
 

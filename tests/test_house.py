@@ -37,7 +37,7 @@ MAY_IMPORT["weight_steps"] = {*LOW, "choices"}
 MAY_IMPORT["plan"] = {*LOW, "weight_steps", "choices"}
 MAY_IMPORT["pipelines"] = {*LOW, "plan", "weight_steps", "choices"}
 MAY_IMPORT["shapes.training"] = {*LOW, "plan", "pipelines"}
-MAY_IMPORT["bench"] = MAY_IMPORT["scale"] = {*LOW, "plan", "pipelines", "shapes.training"}
+MAY_IMPORT["bench"] = MAY_IMPORT["scale"] = {*LOW, "choices", "plan", "pipelines", "shapes.training"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "cli"}
 LONGEST = 300
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from ..checkpoint import EMBEDDED, find_checkpoint
 from ..config import COMPILE_MODES, QUANTIZATION_SCHEMES, FastConfig
 from ..errors import UsageError
-from ..limits import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, MIN_SIDE, SIDE_STEP
+from ..limits import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, MIN_SIDE, SIDE_STEP, split_lora
 
 DTYPES = ("float32", "bfloat16", "float16")
-_SWITCHES = ("compile", "quantization", "guidance_interval", "deep_cache_interval")
+_SWITCHES = ("compile", "quantization", "guidance_interval", "deep_cache_interval", "tuning")
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,6 +53,7 @@ def add_configuration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--deep-cache-interval", type=positive_int, metavar="N", help="lossy: inner blocks in every N-th step, as 2"
     )
+    parser.add_argument("--tuning", metavar="FILE", help="what was measured on machines of this kind, or off (auto)")
 
 
 def switches(arguments: argparse.Namespace) -> dict:
@@ -131,12 +132,9 @@ def input_file(text: str) -> Path:
 
 
 def lora(text: str) -> tuple[str, float]:
-    """PATH or PATH:WEIGHT of a LoRA file."""
-    path, found, weight = text.rpartition(":")
-    try:
-        return (str(input_file(path)), float(weight)) if found else (str(input_file(text)), 1.0)
-    except ValueError:
-        return str(input_file(text)), 1.0
+    """FILE or FILE:WEIGHT of a LoRA."""
+    file, weight = split_lora(text)
+    return str(input_file(file)), weight
 
 
 def output_path(text: str, suffixes: tuple[str, ...] = ()) -> Path:

@@ -33,7 +33,7 @@ def load_pipeline(arguments: argparse.Namespace):
     import torch
 
     from ..pipelines import FastStableDiffusionXLPipeline
-    from ..pipelines.loras import load_loras
+    from ..pipelines.loras import LoraShelf
 
     config, device = fast_config(arguments), usable_device(arguments.device)
     options = {} if arguments.dtype is None else {"dtype": getattr(torch, arguments.dtype)}
@@ -45,7 +45,7 @@ def load_pipeline(arguments: argparse.Namespace):
     try:
         options["compiled"] = getattr(arguments, "compiled", None)
         pipe = FastStableDiffusionXLPipeline.from_pretrained(arguments.model, fast=config, **options)
-        load_loras(pipe, getattr(arguments, "lora", None) or ())
+        LoraShelf(pipe).use(getattr(arguments, "lora", None) or ())
         return pipe.to(device)
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error

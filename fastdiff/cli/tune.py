@@ -14,7 +14,6 @@ def add_command(commands) -> None:
     """Register the command with the subparsers of the `fastdiff` command."""
     tune = commands.add_parser("tune", help="measure which kernels are fast on this machine; later processes use it")
     tune.add_argument("--size", type=size, metavar="WxH", help="in pixels; the model's own size by default")
-    tune.add_argument("--file", default="auto", metavar="PATH", help="where to keep it (the user's cache folder)")
     add_model_arguments(tune)
     tune.set_defaults(check=check_model_arguments, run=_tune)
 
@@ -28,10 +27,12 @@ def _tune(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     width, height = arguments.size or (None, None)
     side = None if width is None else round((width * height) ** 0.5) // pipe.vae_scale_factor
-    models = tuned_models(pipe)
+    models, tuning = tuned_models(pipe), pipe.active_config.tuning
+    if tuning == "off":
+        raise UsageError("--tuning off: this command measures; name a file, or leave it out")
     if not models:
         raise UsageError(f"--preset {arguments.preset}: the stock classes stay in place, and nothing is chosen")
-    rows, path = measured_table(models, arguments.file, side)
+    rows, path = measured_table(models, tuning, side)
     for row in rows:
         print(row)
     print(f"{len(rows)} shapes in {time.perf_counter() - started:.1f} s, kept in {path}")

@@ -1,26 +1,58 @@
-"""LoRAs that are chosen when a pipeline is loaded, for the command line and its workers."""
+"""LoRAs by file, for the command line and its workers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+# Adapters that stay loaded while others are drawn with, so that rows which take turns read no file anew.
+_KEPT = 8
 
 
-def load_loras(pipe, loras: Sequence[tuple[str, float]]) -> None:
-    """Load adapters and set their weights.
+class LoraShelf:
+    """The adapters of a pipeline by the files that they come from: each read once, and any of them active.
 
     Args:
-        pipe: an SDXL pipeline.
-        loras: files and weights; all of them are active.
-
-    Raises:
-        ValueError: a file holds no LoRA for SDXL; the pipeline is left without any of them.
+        pipe: an SDXL pipeline without adapters.
     """
-    names = [f"lora {number}" for number in range(1, len(loras) + 1)]
-    try:
-        for name, (file, _) in zip(names, loras, strict=True):
-            pipe.load_lora_weights(file, adapter_name=name)
+
+    def __init__(self, pipe: Any):
+        self._pipe = pipe
+        self._names: dict[str, str] = {}
+        self._count = 0
+
+    def use(self, loras: Sequence[tuple[str, float]]) -> None:
+        """Draw with these adapters, and no others, from now on.
+
+        Args:
+            loras: files and weights.
+
+        Raises:
+            ValueError: a file holds no LoRA for SDXL; then none is active.
+        """
+        for file, _ in loras:
+            self._load(file)
         if loras:
-            pipe.set_adapters(names, [weight for _, weight in loras])
-    except Exception as error:
-        pipe.unload_lora_weights()
-        raise ValueError(f"--lora {file}: {' '.join(str(error).split())[:300]}") from error
+            self._pipe.enable_lora()
+            self._pipe.set_adapters([self._names[file] for file, _ in loras], [weight for _, weight in loras])
+        elif self._names:
+            self._pipe.disable_lora()
+        wanted = {file for file, _ in loras}
+        for file in [file for file in self._names if file not in wanted][: max(0, len(self._names) - _KEPT)]:
+            self._pipe.delete_adapters(self._names.pop(file))
+
+    def _load(self, file: str) -> None:
+        if file in self._names:
+            self._names[file] = self._names.pop(file)  # the last to be used is the last to go
+            return
+        self._count += 1
+        name = f"lora {self._count}"
+        try:
+            self._pipe.load_lora_weights(file, adapter_name=name)
+        except Exception as error:
+            if any(name in names for names in self._pipe.get_list_adapters().values()):
+                self._pipe.delete_adapters(name)
+            if self._names:
+                self._pipe.disable_lora()
+            raise ValueError(f"lora {file}: {' '.join(str(error).split())[:300]}") from error
+        self._names[file] = name

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from .. import EMBEDDED_CHECKPOINT
+from ..choices import tuning_digest
 from ..config import FastConfig
-from ..pipelines.loras import load_loras
+from ..pipelines.loras import LoraShelf
 from ..pipelines.memory import check_memory
 from ..pipelines.sdxl import FastStableDiffusionXLPipeline
 from .requests import PictureRequest, parse_size
@@ -55,7 +56,8 @@ class Artist:
             fast=FastConfig.preset(choice.preset, **dict(choice.switches)),
             **options,
         ).to(choice.device)
-        load_loras(self.pipe, choice.loras)
+        self._shelf, self._loras = LoraShelf(self.pipe), choice.loras
+        self._shelf.use(choice.loras)
         self.pipe.set_progress_bar_config(disable=True)
         side = self.pipe.default_sample_size * self.pipe.vae_scale_factor
         self.native_size = (side, side)
@@ -77,6 +79,18 @@ class Artist:
     def warm_up(self, batch: int = 1) -> None:
         """Compile and fill caches for the model's own size."""
         self.pipe.warmup(sizes=[self.native_size], batch_sizes=sorted({1, batch}))
+
+    def use_loras(self, loras: tuple[tuple[str, float], ...]) -> None:
+        """Draw with these adapters beside those of the job from now on; files and weights.
+
+        Raises:
+            ValueError: a file holds no LoRA for SDXL.
+        """
+        self._shelf.use((*self._loras, *loras))
+
+    def tuning(self) -> str | None:
+        """What stands for the measurements that the choices of the last picture come from, or None."""
+        return tuning_digest(self.pipe)
 
     def draw(
         self,

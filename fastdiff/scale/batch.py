@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from .artist import Artist, ModelChoice, png_bytes
 from .folder import OutputFolder
-from .requests import PictureRequest
+from .requests import RowRequest
 from .rows import Row
 
 _MOST_BLOCKS = 4096
@@ -31,16 +31,18 @@ class _BatchActor:
         self._artist = Artist(choice)
 
     def __call__(self, item: dict) -> dict:
-        request = PictureRequest.model_validate_json(item["request"])
+        request = RowRequest.model_validate_json(item["request"])
         width, height = self._artist.size(request)
-        answer = {"key": item["key"], "png": b"", "error": "", "size": f"{width}x{height}", "seconds": 0.0}
+        answer = {"key": item["key"], "png": b"", "error": "", "size": f"{width}x{height}", "tuning": ""}
         started = time.perf_counter()
         try:
+            self._artist.use_loras(request.loras)
             [picture] = self._artist.draw([request])
             answer["png"] = png_bytes(picture)
         except Exception as error:  # One bad row, a picture too large for the device, must not end the job.
             answer["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
         answer["seconds"] = round(time.perf_counter() - started, 4)
+        answer["tuning"] = self._artist.tuning() or ""
         return answer
 
 
@@ -104,14 +106,16 @@ def _manifest_line(row: Row, answer: dict, choice: ModelChoice) -> dict:
         "key": row.key,
         "file": row.file_name,
         "row": row.number,
-        **row.request.model_dump(),
+        **row.request.model_dump(exclude={"lora"}),
         "size": answer["size"],
         "model": choice.model or "embedded",
+        "loras": [list(lora) for lora in (*choice.loras, *row.request.loras)],
         "preset": choice.preset,
         **dict(choice.switches),
         "dtype": choice.dtype or "auto",
         "device": choice.device,
         "threads": choice.threads,
+        "tuning": answer["tuning"] or None,
         "versions": {"fastdiff": __version__, **{name: version(name) for name in _LIBRARIES}},
         "seconds": answer["seconds"],
         "finished": datetime.now().astimezone().isoformat(timespec="milliseconds"),

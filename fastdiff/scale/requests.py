@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ..limits import MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_STEPS, MIN_SIDE, SIDE_STEP
+from ..limits import MAX_GUIDANCE, MAX_PROMPT, MAX_SEED, MAX_STEPS, MIN_SIDE, SIDE_STEP, split_lora
 
 SIZE_PATTERN = r"^[1-9][0-9]{1,4}x[1-9][0-9]{1,4}$"
 
@@ -33,6 +33,22 @@ class PictureRequest(BaseModel):
             if width % SIDE_STEP or height % SIDE_STEP or min(width, height) < MIN_SIDE:
                 raise ValueError(f"width and height must be multiples of {SIDE_STEP}, and {MIN_SIDE} or more")
         return size
+
+
+class RowRequest(PictureRequest):
+    """A line of a prompts file: as a request, and with adapters, as whoever writes the file runs the job."""
+
+    lora: tuple[str, ...] = Field((), strict=False, description="FILE or FILE:WEIGHT of adapters, beside the job's")
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _one_or_several(cls, lora: object) -> object:
+        return (lora,) if isinstance(lora, str) else lora
+
+    @property
+    def loras(self) -> tuple[tuple[str, float], ...]:
+        """Files and weights."""
+        return tuple(map(split_lora, self.lora))
 
 
 def parse_size(size: str) -> tuple[int, int]:

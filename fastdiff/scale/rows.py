@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ..errors import UsageError
-from .requests import PictureRequest, problems
+from .requests import RowRequest, problems
 
 _SHOWN = 3
 
@@ -29,7 +29,7 @@ class Row:
     """
 
     number: int
-    request: PictureRequest
+    request: RowRequest
     key: str
 
     @property
@@ -43,7 +43,7 @@ def read_rows(path: Path, settings: dict) -> list[Row]:
     """Read and check a whole prompts file. Lines without a seed get one that follows from their text.
 
     Args:
-        path: UTF-8, one JSON object per line with the fields of `PictureRequest`; empty lines are skipped.
+        path: UTF-8, one JSON object per line with the fields of `RowRequest`; empty lines are skipped.
         settings: what else decides the pictures (model, preset, dtype); goes into the keys.
 
     Raises:
@@ -59,16 +59,19 @@ def read_rows(path: Path, settings: dict) -> list[Row]:
         if not line.strip():
             continue
         try:
-            request = PictureRequest.model_validate_json(line)
+            request = RowRequest.model_validate_json(line)
         except ValidationError as error:
             wrong.append(f"line {number}: {problems(error)}")
             continue
-        fields = request.model_dump()
+        if missing := [file for file, _ in request.loras if not Path(file).is_file()]:
+            wrong.append(f"line {number}: lora: the file {missing[0]!r} does not exist")
+            continue
+        fields = _fields(request)
         occurrence = _digest(fields)
         seen[occurrence] += 1
         if request.seed is None:
             request = request.model_copy(update={"seed": int(_digest(fields, seen[occurrence])[:8], 16)})
-        key = _digest(request.model_dump(), seen[occurrence], settings)[:16]
+        key = _digest(_fields(request), seen[occurrence], settings)[:16]
         rows.append(Row(number, request, key))
     if wrong:
         more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
@@ -76,6 +79,11 @@ def read_rows(path: Path, settings: dict) -> list[Row]:
     if not rows:
         raise UsageError(f"{str(path)!r} holds no rows; write one JSON object per line, {{\"prompt\": ...}}")
     return rows
+
+
+def _fields(request: RowRequest) -> dict:
+    # Rows without adapters keep the keys that they had before there were any.
+    return request.model_dump(exclude=None if request.lora else {"lora"})
 
 
 def _digest(*parts: object) -> str:

@@ -36,7 +36,7 @@ class Record:
 
     def __init__(self, path: Path, machine: dict[str, str]):
         self.path, self.machine = path, machine
-        self._name = hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()[:16]
+        self._name = _digest(machine)
 
     def load(self) -> Answers:
         """What this machine has answered; empty if nothing, or if the file cannot be used."""
@@ -65,6 +65,10 @@ class Record:
             )
             return answers
 
+    def digest(self, answers: Answers) -> str:
+        """16 hex digits that stand for the machine and its answers."""
+        return _digest([self.machine, _plain(answers)])
+
     def _read(self) -> dict:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
@@ -82,6 +86,10 @@ class Record:
                 stacklevel=3,
             )
             return {}
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _answers(machine: dict) -> Answers:

@@ -36,6 +36,11 @@ class Tuner:
         self.record = Record(path, {**machine_of(device), **(facts or {})})
         self.answers: Answers = self.record.load()
 
+    @property
+    def digest(self) -> str:
+        """16 hex digits that stand for all that was measured: processes with the same one choose the same."""
+        return self.record.digest(self.answers)
+
     def ask(
         self,
         keys: Iterable[str],

@@ -11,14 +11,20 @@ import time
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("ray.data", reason="needs Ray")
 np = pytest.importorskip("numpy")
 
 from PIL import Image  # noqa: E402
+from support.embedded import load_stock  # noqa: E402
+from support.loras import write_lora  # noqa: E402
 
 from fastdiff.cli.main import UsageError, main  # noqa: E402
+from fastdiff.pipelines import loras  # noqa: E402
 from fastdiff.scale.artist import Artist, ModelChoice, png_bytes  # noqa: E402
+from fastdiff.scale.batch import _BatchActor  # noqa: E402
 from fastdiff.scale.folder import MANIFEST, OutputFolder  # noqa: E402
 from fastdiff.scale.rows import read_rows  # noqa: E402
 
@@ -78,6 +84,8 @@ def test_another_model_makes_other_keys(tmp_path):
         ('{"prompt": "x", "seed": -1}', "seed"),
         ('{"prompt": "x", "guidance": NaN}', "line 2"),
         ('{"prompt": "x", "model": "../other"}', "model"),
+        ('{"prompt": "x", "lora": 3}', "lora"),
+        ('{"prompt": "x", "lora": ["no/such.safetensors:0.5"]}', "no/such.safetensors"),
     ],
 )
 def test_bad_rows_end_the_command_before_any_work(tmp_path, capsys, line, says):
@@ -87,6 +95,41 @@ def test_bad_rows_end_the_command_before_any_work(tmp_path, capsys, line, says):
     error = capsys.readouterr().err
     assert says in error and "line 2" in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_row_is_drawn_with_its_adapters_and_no_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(loras, "_KEPT", 1)  # so that one is let go and read again
+    one, two = (str(write_lora(load_stock(), tmp_path / str(seed), seed)) for seed in (1, 2))
+    plain = {"prompt": "a red circle", "seed": 1, "steps": 2, "size": "64x64"}
+    wanted = [plain, {**plain, "lora": one}, {**plain, "lora": [f"{one}:0.5", two]}, plain, {**plain, "lora": [two]}]
+    rows = read_rows(write_rows(tmp_path / "p.jsonl", wanted), {})
+    assert len({row.key for row in rows}) == 5
+    without = read_rows(write_rows(tmp_path / "q.jsonl", [plain]), {})
+    assert without[0].key == rows[0].key
+    actor = _BatchActor(ModelChoice(model=None, preset="exact", dtype="float32", device="cpu", threads=1))
+    for row in rows:
+        answer = actor({"key": row.key, "request": row.request.model_dump_json()})
+        assert not answer["error"]
+        stock = load_stock()
+        for index, (file, _) in enumerate(row.request.loras):
+            stock.load_lora_weights(file, adapter_name=f"a{index}")
+        if row.request.loras:
+            stock.set_adapters([f"a{i}" for i in range(len(row.request.loras))], [w for _, w in row.request.loras])
+        expected = stock(
+            "a red circle", num_inference_steps=2, generator=torch.Generator().manual_seed(1), width=64, height=64
+        ).images[0]
+        drawn = np.asarray(Image.open(io.BytesIO(answer["png"])), dtype=int)
+        assert np.abs(drawn - np.asarray(expected, dtype=int)).max() <= 2, row
+
+
+def test_a_row_with_a_file_that_is_no_lora_fails_alone(tmp_path):
+    other = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(1)}, other)
+    plain = {"prompt": "a red circle", "seed": 1, "steps": 1, "size": "64x64"}
+    bad, good = read_rows(write_rows(tmp_path / "p.jsonl", [{**plain, "lora": str(other)}, plain]), {})
+    actor = _BatchActor(ModelChoice(model=None, preset="exact", dtype=None, device="cpu", threads=1))
+    assert "other.safetensors" in actor({"key": bad.key, "request": bad.request.model_dump_json()})["error"]
+    assert not actor({"key": good.key, "request": good.request.model_dump_json()})["error"]
 
 
 @pytest.mark.parametrize(
