@@ -57,7 +57,7 @@ class WeightSteps:
             parameters=sum(parameter.numel() for parameter in self.unet.parameters()),
             is_compiled=self._is_compiled(),
             is_shared=self._is_shared(),
-            needed=sum(memory_needed(model) for model in self.denoisers),
+            needed=lambda: sum(map(memory_needed, self.denoisers)),
         )
         if choice.scheme is None or (offloading is not None and fixed is None):
             for model in self._with_forms():

@@ -14,7 +14,7 @@ from .sources import Checkpoint
 
 def remember_plain(model: nn.Module) -> None:
     """Note where the weights of layers with adapters come from, before adapters are merged into them."""
-    checkpoint = Checkpoint.of(model)
+    checkpoint = Checkpoint(model)
     for name, layer in _adapted(model):
         if not layer.merged:
             layer.__dict__["unmerged_source"] = checkpoint.source(name, layer.get_base_layer().weight, copy=True)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..models.adapters import adapter_modules
 from ..models.form import Form
-from ..models.storage import is_plain as is_plain_weight
+from ..models.storage import is_plain
 from .int8 import Int8, convert_feed_forward
 from .packed import Packed
 from .packing import is_of_context
@@ -50,7 +50,7 @@ def apply_quantization(
         What is quantized now; also kept as `model.quantized` if any layer is.
     """
     remove_quantization(model, keep=scheme)
-    onednn, checkpoint = uses_onednn(scheme, model), Checkpoint.of(model)
+    onednn, checkpoint = uses_onednn(scheme, model), Checkpoint(model)
     if onednn:
         taken, left = _int8_places(model, chosen)
         for name, place in taken.items():
@@ -104,7 +104,7 @@ def memory_needed(model: nn.Module) -> int:
 
     On CPUs the quantized weights come beside the plain ones, elsewhere copies of these.
     """
-    if Checkpoint.of(model).files:
+    if Checkpoint(model).files:
         return 0
     first = next(model.parameters())
     if first.device.type == "cpu":
@@ -128,7 +128,9 @@ def plain_layers(
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or id(module) in adapters or isinstance(module, TorchaoLinear | Int8):
             continue
-        why = None if is_plain(module) else "of another kind"
+        # A packed weight is a plain one in another layout; what a user quantized is not.
+        plain = isinstance(module, Packed) or (type(module) is nn.Linear and is_plain(module.weight))
+        why = None if plain else "of another kind"
         if ".transformer_blocks." not in f".{name}":
             why = "outside of transformer blocks"
         elif is_of_context(name):
@@ -140,13 +142,6 @@ def plain_layers(
         else:
             left[why] = left.get(why, 0) + 1
     return taken, left
-
-
-def is_plain(layer: nn.Linear) -> bool:
-    """Whether a layer's weight is an ordinary tensor of its own kind, packed or not, and not a quantized one."""
-    if isinstance(layer, Packed):
-        return True
-    return type(layer) is nn.Linear and is_plain_weight(layer.weight)
 
 
 def uses_onednn(scheme: str, model: nn.Module) -> bool:

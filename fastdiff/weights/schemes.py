@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ def choose_quantization(
     parameters: int,
     is_compiled: bool = False,
     is_shared: bool = False,
-    needed: int = 0,
+    needed: Callable[[], int] = lambda: 0,
 ) -> QuantizationChoice:
     """Settle `FastConfig.quantization` for a device.
 
@@ -41,7 +42,7 @@ def choose_quantization(
         parameters: how many it has; on CPUs small models lose by it.
         is_compiled: whether its regions get compiled.
         is_shared: whether a stock model that is still in use has the same weights, which would then be held twice.
-        needed: bytes of host memory that "auto" may only take if they are free.
+        needed: counts the bytes of host memory that "auto" may only take if they are free.
 
     Raises:
         ValueError: a scheme, asked for by name, that the device, the dtype or what is loaded does not allow.
@@ -53,9 +54,9 @@ def choose_quantization(
             choice = _choose_on_cpu(dtype, parameters, is_compiled, is_shared)
         else:
             choice = _choose(device, dtype, is_compiled)
-        if choice.scheme is None or needed == 0 or needed < _SHARE_OF_MEMORY * (free_memory() or needed):
+        if choice.scheme is None or (count := needed()) <= _SHARE_OF_MEMORY * (free_memory() or 2 * count):
             return choice
-        why = f"no file holds the plain weights, and a copy of {needed / 2**30:.1f} GiB does not fit in free memory"
+        why = f"no file holds the plain weights, and a copy of {count / 2**30:.1f} GiB does not fit in free memory"
         return QuantizationChoice(None, why)
     capability = _capability(device)
     if requested.startswith("fp8") and (capability is None or capability < (8, 9)):

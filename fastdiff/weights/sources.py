@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -133,22 +134,21 @@ class Checkpoint:
     model, is never taken for its source.
     """
 
-    def __init__(self, files: list[WeightsFile]):
-        self.files = files
+    def __init__(self, model: nn.Module):
+        self._model = model
 
-    @classmethod
-    def of(cls, model: nn.Module | None) -> Checkpoint:
-        """Find the files of a model: where its configuration says that it was loaded from, or what `weights_files` of
-        it names; none of no model."""
-        files = list(getattr(model, "weights_files", ()))
-        folder = getattr(getattr(model, "config", None), "_name_or_path", None)
+    @functools.cached_property
+    def files(self) -> list[WeightsFile]:
+        """Those in the folder that the model's configuration names, or those of the model's `weights_files`."""
+        files = list(getattr(self._model, "weights_files", ()))
+        folder = getattr(getattr(self._model, "config", None), "_name_or_path", None)
         if not files and folder and Path(folder).is_dir():
             for path in sorted(Path(folder).glob("*.safetensors")):
                 try:
                     files.append(WeightsFile(path))
                 except (OSError, ValueError):
                     continue
-        return cls(files)
+        return files
 
     def source(self, layer: str, weight: torch.Tensor, copy: bool = False) -> Source:
         """Where a layer's plain weight can be had again once it is let go.
