@@ -15,12 +15,14 @@ from .models.base import FastModelMixin
 from .models.memory_format import apply_channels_last
 from .tuning import PLAIN, Answers, Outcome, Tuner, choose, input_shapes, layer_key, layer_questions, tuner_of
 from .weights.native import load_kernels
-from .weights.places import CANDIDATES, INT8, PACKED, places, shipped_choice
+from .weights.places import CANDIDATES, INT8, PACKED, count_weights, places, shipped_choice
 
 # Below this many parameters layers are so small that what they cost is the way through Python. VAEs have more.
 MIN_PARAMETERS = 10_000_000
+# Places with fewer, such as first and last convolutions, stay plain in a model of some size: they have nothing to gain.
+_MIN_WEIGHTS = 65_536
 # Of tuning, for each parameter of a model, up to what a UNet gets.
-_SECONDS_PER_PARAMETER, _MAX_SECONDS = 2e-8, 4.0
+_SECONDS_PER_PARAMETER, _MAX_SECONDS = 2e-8, 2.0
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def choose_forms(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     answers: Answers = {}
     if tuning != "off" and allowed and (parameters >= MIN_PARAMETERS or asked):
-        answers = _measured(model, found, tuning, bar, min(_MAX_SECONDS, _SECONDS_PER_PARAMETER * parameters))
+        measured = found if asked else _of_some_size(found)
+        answers = _measured(model, measured, tuning, bar, min(_MAX_SECONDS, _SECONDS_PER_PARAMETER * parameters))
     forms: dict[str, str] = {}
     ratios: dict[str, list[float]] = {}
     refused: dict[str, set[str]] = {}
@@ -106,7 +109,8 @@ def choose_forms(
         outcomes = answers.get(layer_key(place))
         fits = tuple(each.name for each in CANDIDATES if each.name in allowed and each.takes(name, place))
         if outcomes is None:
-            forms[name] = shipped_choice(name, place, fits)
+            small = answers and count_weights(place) < _MIN_WEIGHTS
+            forms[name] = PLAIN if small else shipped_choice(name, place, fits)
             continue
         known = [form for form in fits if form in outcomes]
         for form in known:
@@ -148,7 +152,7 @@ def measured_table(models: list[Any], tuning: str, side: int | None) -> tuple[li
     lines = []
     for model in models:
         apply_channels_last(model, True)
-        found = places(model)
+        found = _of_some_size(places(model))
         counts = Counter(map(layer_key, found.values()))
         for key, outcomes in _measured(model, found, tuning, None, _MAX_SECONDS, side, again=True).items():
             fits = tuple(name for name in outcomes if name != PLAIN)
@@ -163,6 +167,10 @@ def _show(name: str, outcome: Outcome) -> str:
     low, middle, high = outcome.ratio
     times = "" if name == PLAIN else f" ({middle:.2f} times plain, {low:.2f} to {high:.2f})"
     return f"{name} {outcome.ms:.3g} ms{times}"
+
+
+def _of_some_size(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: place for name, place in found.items() if count_weights(place) >= _MIN_WEIGHTS}
 
 
 def _measured(

@@ -18,6 +18,8 @@ from .question import Option, Question
 PLAIN = "plain"
 # For layers of models whose inputs could not be found out.
 _TOKENS, _SIDE = (2, 1024), (2, 32, 32)
+# A prime, so that no two rows are alike.
+_DRAWN = 100_003
 # |difference| / |result| that rounding makes, twice over.
 _ROUNDING = {torch.bfloat16: 0.02, torch.float16: 0.005, torch.float32: 1e-4}
 
@@ -135,18 +137,22 @@ def _inputs(layer: Any, shape: tuple[int, ...]) -> Callable[[str, float], tuple[
     weight = _weight(layer)
     dtype, device = weight.dtype, weight.device
 
+    def ordinary(*sizes: int) -> torch.Tensor:
+        # Some numbers over and over: to draw as many as a call takes would be a good part of measuring it.
+        drawn = torch.randn(min(_DRAWN, math.prod(sizes)), generator=torch.Generator().manual_seed(0))
+        return drawn.repeat(-(-math.prod(sizes) // len(drawn)))[: math.prod(sizes)].view(sizes)
+
     def make(kind: str, share: float) -> tuple[torch.Tensor]:
-        generator = torch.Generator().manual_seed(0)
         if isinstance(layer, nn.Conv2d):
             batch, channels, height, width = shape
             if kind == "one row":
-                batch, height, width = 1, *layer.kernel_size
+                batch, height = 1, layer.kernel_size[0]
             # Rows of pixels are left out: their length is what a kernel is made for.
             rows = min(height, max(layer.kernel_size[0], round(height * share)))
-            x = torch.randn(batch, channels, rows, width, generator=generator).to(memory_format=torch.channels_last)
+            x = ordinary(batch, channels, rows, width).to(memory_format=torch.channels_last)
         else:
             rows = 1 if kind == "one row" else max(2, round(math.prod(shape[:-1]) * share))
-            x = torch.randn(rows, shape[-1], generator=generator)
+            x = ordinary(rows, shape[-1])
         if kind == "zero rows":
             x[..., : max(1, x.shape[-2] // 2), :] = 0
         elif kind == "zeros":

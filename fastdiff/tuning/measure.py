@@ -12,15 +12,15 @@ from .question import KINDS, Option, Outcome, Question
 # Times as slow as plain from which an option is a mistake, such as a reference kernel, and not worth a longer look.
 SLOW = 10
 # Calls are as large as the model's own, or as large as take so long.
-_CALL_S = 0.01
+_CALL_S = 0.0025
 # Calls that are shorter are timed several at once.
-_SAMPLE_S = 0.002
+_SAMPLE_S = 0.001
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 15
 _PROBE = 1 / 64
 # Below this, what is slow is the way through Python, and the machine's noise.
 _PROBE_S = 0.0005
 # What a call that seems too slow is given to show that it is not.
-_PATIENT_S = 0.2
+_PATIENT_S = 0.1
 # Where a quarter of the calls take so many times as long as the shortest, the rest of the machine is busy, and timing
 # goes on so many times as long.
 _NOISE, _PATIENCE = 1.1, 3
@@ -90,7 +90,8 @@ def _race(functions: dict[str, Callable], plain: str, inputs: tuple, seconds: fl
     quarter of the way from them to the longest is the spread.
     """
     started = time.perf_counter()
-    first = {name: _patient_seconds(function, inputs, synchronize, 0.0) for name, function in functions.items()}
+    # The first call at a size prepares things; the shortest time and its quarter do not see it.
+    first = {name: _seconds(function, inputs, synchronize) for name, function in functions.items()}
     limit = SLOW * max(_PROBE_S, first[plain])
     first = {name: once if once <= limit else _patient_seconds(functions[name], inputs, synchronize, limit)
              for name, once in first.items()}

@@ -12,6 +12,7 @@ from torch import nn
 # Tokens of a prompt; samples with and without guidance.
 _TOKENS, _BATCH = 77, 2
 _DEFAULT_SIDE = 128
+_DEPTHS = ("transformer_layers_per_block", "reverse_transformer_layers_per_block")
 _KINDS = (UNet2DConditionModel, ControlNetModel, AutoencoderKL)
 
 Shapes = dict[str, tuple[int, ...]]
@@ -25,13 +26,17 @@ def input_shapes(model: nn.Module, side: int | None = None) -> Shapes:
         side: of the latents; the model's own by default.
 
     Returns:
-        Empty for a model that asks for inputs of another kind, such as an IP-Adapter's.
+        Of each row of transformer blocks the first. Empty for a model that asks for inputs of another kind, such as an
+        IP-Adapter's.
     """
     stock: Any = next((kind for kind in _KINDS if isinstance(model, kind)), None)
     if stock is None:
         return {}
+    # One transformer block is given what all in its row are.
+    config: Any = model.config
+    shallow = {name: 1 for name in _DEPTHS if config.get(name) is not None}
     with torch.device("meta"):
-        twin = stock.from_config(model.config).to(torch.bfloat16)
+        twin = stock.from_config({**config, **shallow}).to(torch.bfloat16)
     found: Shapes = {}
     for name, module in twin.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d | GEGLU):

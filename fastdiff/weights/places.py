@@ -106,10 +106,16 @@ def may_take_int8(name: str, place: Any) -> bool:
     return not of_vae or ".resnets." in name
 
 
+def count_weights(place: Any) -> int:
+    """How many numbers the weight of a place has."""
+    layer = layer_of(place)
+    return (layer.kind.shape if isinstance(layer, Form) else layer.weight.shape).numel()
+
+
 def shipped_choice(name: str, place: Any, allowed: tuple[str, ...]) -> str:
     """The form that a place takes where nothing was measured: what won on the machines that were at hand."""
     layer = layer_of(place)
-    if layer.kind.shape.numel() < _MIN_WEIGHTS if isinstance(layer, Form) else layer.weight.numel() < _MIN_WEIGHTS:
+    if count_weights(place) < _MIN_WEIGHTS:
         return "plain"
     if isinstance(layer, nn.Conv2d) and (layer.in_channels % _BLOCK or layer.out_channels % _BLOCK):
         return "plain"
