@@ -106,6 +106,16 @@ def _openvino(base: StableDiffusionXLPipeline, settings: Settings) -> StableDiff
     return pipe
 
 
+def _zentorch(base: StableDiffusionXLPipeline, settings: Settings) -> StableDiffusionXLPipeline:
+    import zentorch  # noqa: F401  # registers the compiler's backend of that name
+
+    pipe = twin(base, channels_last=True)
+    pipe.fuse_qkv_projections()
+    pipe.unet = torch.compile(pipe.unet, backend="zentorch")
+    pipe.vae.decode = torch.compile(pipe.vae.decode, backend="zentorch")
+    return pipe
+
+
 def _no_compile_regions(settings: Settings) -> str | None:
     import accelerate.utils
 
@@ -113,9 +123,17 @@ def _no_compile_regions(settings: Settings) -> str | None:
 
 
 def _no_openvino(settings: Settings) -> str | None:
-    if importlib.util.find_spec("openvino") is None:
-        return "not installed: pip install '.[bench]' in the folder of fastdiff's sources"
-    return None if torch.device(settings.device).type == "cpu" else "not run: for the CPU only"
+    return _no_peer("openvino", "pip install '.[bench]' in the folder of fastdiff's sources", settings)
+
+
+def _no_zentorch(settings: Settings) -> str | None:
+    return _no_peer("zentorch", "pip install zentorch deprecated, of torch's version, on a CPU of AMD", settings)
+
+
+def _no_peer(package: str, how: str, settings: Settings) -> str | None:
+    if torch.device(settings.device).type != "cpu":
+        return "not run: for the CPU only"
+    return None if importlib.util.find_spec(package) else f"not installed: {how}"
 
 
 LADDER: tuple[Rung, ...] = (
@@ -130,6 +148,7 @@ LADDER: tuple[Rung, ...] = (
     Rung("compile-repeated-blocks", "compile_repeated_blocks (diffusers)", _compile_repeated_blocks, "peer"),
     Rung("compile-regions", "compile_regions by block (accelerate)", _compile_regions, "peer", _no_compile_regions),
     Rung("openvino", "OpenVINO", _openvino, "peer", _no_openvino),
+    Rung("zentorch", "zentorch (AMD)", _zentorch, "peer", _no_zentorch),
 )
 
 

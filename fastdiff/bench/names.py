@@ -21,6 +21,7 @@ RUNGS = (
     "compile-repeated-blocks",
     "compile-regions",
     "openvino",
+    "zentorch",
 )
 """Of the ladder, in its order."""
 

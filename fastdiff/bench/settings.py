@@ -26,7 +26,8 @@ class Settings:
         model: checkpoint directory, model id, or `SDXL_RANDOM`.
         size: (width, height) in pixels.
         steps: denoising steps of a picture.
-        batch: pictures of a call; the UNet sees twice as many samples.
+        batch: pictures of a call; with guidance the UNet sees twice as many samples.
+        guidance: scale; up to 1 is without, as for distilled models.
         measures: some of `MEASURES`; the first one is what table and plot show.
         dtype: of all rungs but the float32 ones.
         device: torch device.
@@ -38,6 +39,7 @@ class Settings:
     size: tuple[int, int]
     steps: int = 20
     batch: int = 1
+    guidance: float = 5.0
     measures: tuple[str, ...] = ("picture",)
     dtype: torch.dtype = torch.bfloat16
     device: str = "cpu"

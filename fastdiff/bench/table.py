@@ -13,7 +13,7 @@ def title(results: dict) -> str:
     """What was measured, in one line."""
     settings = results["settings"]
     width, height = settings["size"]
-    parts = [settings["model"], f"{width}x{height}", f"batch {settings['batch']} with guidance"]
+    parts = [settings["model"], f"{width}x{height}", f"batch {settings['batch']} {_guidance(settings)}"]
     if settings["measures"][0] == "picture":
         parts.append(f"{settings['steps']} steps")
     if settings["dtype"] != "bfloat16":
@@ -93,3 +93,8 @@ def shows_nothing(spread: dict | None) -> bool:
 def ratio(spread: dict | None) -> str:
     """Median with least and greatest; a dash for what was not measured."""
     return "-" if spread is None else f"{spread['median']:.2f} ({spread['min']:.2f}-{spread['max']:.2f})"
+
+
+def _guidance(settings: dict) -> str:
+    # Older results are all with guidance.
+    return "with guidance" if settings.get("guidance", 5.0) > 1 else "without guidance"

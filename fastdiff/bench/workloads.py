@@ -41,9 +41,9 @@ def as_array(result: torch.Tensor | list) -> np.ndarray:
 
 
 def step_inputs(unet: Any, settings: Settings) -> dict:
-    """Arguments of one call of the UNet: samples with and without guidance, (2 x batch, 4, height / 8, width / 8)."""
+    """Arguments of one call of the UNet. Samples: (batch, 4, height / 8, width / 8), with guidance twice as many."""
     generator = torch.Generator().manual_seed(0)
-    batch = 2 * settings.batch
+    batch = (2 if settings.guidance > 1 else 1) * settings.batch
     width, height = settings.size
     config = unet.config
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
@@ -114,6 +114,7 @@ def _picture(pipe: StableDiffusionXLPipeline, settings: Settings, steps: int) ->
             width=width,
             height=height,
             num_inference_steps=steps,
+            guidance_scale=settings.guidance,
             generator=torch.Generator().manual_seed(0),
         ).images
 

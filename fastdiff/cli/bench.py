@@ -11,7 +11,7 @@ from .. import EMBEDDED_CHECKPOINT
 from ..bench.names import MEASURES, SDXL_RANDOM, check_rungs
 from ..checkpoint import EMBEDDED, find_checkpoint
 from ..errors import UsageError
-from .arguments import device, output_path, positive_int, size, steps
+from .arguments import device, guidance, output_path, positive_int, size, steps
 from .hub import check_model
 from .loading import usable_device
 
@@ -30,6 +30,7 @@ def add_command(commands) -> None:
     bench.add_argument("--size", type=size, metavar="WxH", help="in pixels; the model's own size by default")
     bench.add_argument("--steps", type=steps, default=20, help="denoising steps of a picture (20)")
     bench.add_argument("--batch", type=positive_int, default=1, help="pictures of a call (1)")
+    bench.add_argument("--guidance", type=guidance, default=5.0, help="scale; 1 is without, as for LCM or Turbo (5)")
     bench.add_argument(
         "--measure", choices=MEASURES, default="picture", help="what is timed (picture)"
     )
@@ -101,6 +102,7 @@ def _settings(arguments: argparse.Namespace):
         size=arguments.size or _native_size(arguments.model),
         steps=arguments.steps,
         batch=arguments.batch,
+        guidance=arguments.guidance,
         measures=(arguments.measure,),
         dtype=getattr(torch, arguments.dtype) if arguments.dtype else loading_dtype(preset),
         device=str(usable_device(arguments.device)),
