@@ -2,7 +2,7 @@
 
 The README gets one table, with a column for each kind of machine; `benchmarks/README.md` the long ones, by chip.
 Results are `benchmarks/results/THEME_..._DATE.json`: `ladder_*` (`fastdiff bench` and `benchmarks/gpu.py`, one for
-each hardware, size and batch), `attention_*`, `lossy_*`, `compile_*` and `cold-start_*` (pytest-benchmark),
+each hardware, size and batch), `attention_*`, `lora_*`, `lossy_*`, `compile_*` and `cold-start_*` (pytest-benchmark),
 `quantization_*` (`python -m fastdiff.bench.quantization` and its benchmark) and `shapes_*` (`python -m
 fastdiff.shapes.training.evaluate`). Of the results of a theme on one chip the newest counts; what is not there is left
 out.
@@ -35,6 +35,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "compile": sections.compiling,
     "cold-start": sections.cold_start,
     "lossy": sections.lossy,
+    "lora": sections.lora,
     "shapes": sections.adherence,
 }
 
@@ -126,15 +127,29 @@ def _cells(result: Result) -> Iterator[tuple[str, str]]:
             ("balanced", REFERENCE, "default, beside stock"),
             ("balanced", RECIPE, "default, beside the guide's `torch.compile`"),
             ("openvino", REFERENCE, "OpenVINO, beside stock"),
+            ("zentorch", REFERENCE, "AMD's zentorch, beside stock"),
         ):
             found = result.data["rungs"].get(rung, {}).get("ratios", {}).get(measure, {}).get(against)
             if found is not None:
-                yield f"{UNITS[measure]}, {width}x{height}{batch}: {label}", ratio(found)
+                yield f"{UNITS[measure]}, {width}x{height}{batch}{_steps(settings)}: {label}", ratio(found)
+    if result.theme == "lora":
+        for run in result.data["benchmarks"]:
+            if "stock_ratio" in run["extra_info"]:
+                (middle, low, high), side = run["extra_info"]["stock_ratio"], run["params"]["size"]
+                label = f"UNet step, {side}x{side}: default with a LoRA, beside stock with it"
+                yield label, f"{middle:.2f} ({low:.2f}-{high:.2f})"
     if result.theme == "lossy":
         for run in result.data["benchmarks"]:
             info = run["extra_info"]
             cell = f"{info['ratio_median']:.2f} ({info['ratio_min']:.2f}-{info['ratio_max']:.2f})"
             yield f"`{info['options']}`, lossy, beside the same without", cell
+
+
+def _steps(settings: dict) -> str:
+    if settings["measures"][0] != "picture":
+        return ""
+    without = "" if settings.get("guidance", 5.0) > 1 else " without guidance"
+    return f", {settings['steps']} steps{without}"
 
 
 def long_tables(results: list[Result]) -> str:

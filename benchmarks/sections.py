@@ -180,6 +180,31 @@ def lossy(path: Path) -> str:
     return "\n".join(lines)
 
 
+def lora(path: Path) -> str:
+    """What an adapter that is not merged costs, and a swap."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    steps = [run for run in data["benchmarks"] if "stock_ratio" in run["extra_info"]]
+    lines = [
+        f"**A LoRA that is not merged**: {steps[0]['group'].partition(' with ')[2]}, on attention and feed-forward; "
+        "the full-size UNet's step, timed in turn in one run.",
+        "",
+        "| size | stock with it | fast with it | stock / fast, median (least to greatest) | fast with it / without |",
+        "|---|---|---|---|---|",
+    ]
+    for run in steps:
+        info, (stock, cost) = run["extra_info"], (run["extra_info"][key] for key in ("stock_ratio", "cost_of_adapter"))
+        size = f"{run['params']['size']}x{run['params']['size']}"
+        times = [seconds(info["stock_median_s"]), seconds(run["stats"]["median"])]
+        ratios = [f"{middle:.2f} ({low:.2f} to {high:.2f})" for middle, low, high in (stock, cost)]
+        lines.append("| " + " | ".join([size, *times, *ratios]) + " |")
+    for run in data["benchmarks"]:
+        if run not in steps:
+            lines += ["", f"A swap there and back: {seconds(run['stats']['median'])}; nothing is quantized anew."]
+            break
+    source = _source(path, data, "test_bench_lora.py --model sdxl-random --size 256 --size 512")
+    return "\n".join([*lines, "", source])
+
+
 def _source(path: Path, data: dict, command: str) -> str:
     machine = data["machine_info"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
