@@ -18,7 +18,7 @@ from fastdiff.bench.timing import spread, timed
 from fastdiff.bench.workloads import PROMPT, workload
 from fastdiff.compiler.compilation import inductor_options
 from fastdiff.models.group_norm import define_operator
-from fastdiff.weights.quantization import torchao_config
+from fastdiff.weights.torchao_form import torchao_config
 
 BACKENDS = {
     "default": None,

@@ -52,7 +52,9 @@ def _load_lora(pipe, lora):
 
 def _from_pipe_and_back(kind: type, back: type) -> Callable:
     def change(pipe, lora):
-        return back.from_pipe(kind.from_pipe(pipe))
+        # Stock casts to float32 where it is not told, the fast classes keep what there is.
+        dtype = pipe.unet.dtype
+        return back.from_pipe(kind.from_pipe(pipe, torch_dtype=dtype), torch_dtype=dtype)
 
     return change
 

@@ -54,7 +54,7 @@ class _Entry:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for kv in self.storage for t in (kv.key, kv.value))
+        return sum(t.nbytes for kv in self.storage for t in (kv.key, kv.value))
 
 
 class ContextCache:
@@ -130,7 +130,8 @@ class ContextCache:
     def _cacheable(self, context: torch.Tensor) -> bool:
         if not self.layers or not isinstance(context, torch.Tensor) or context.is_inference():
             return False
-        if torch.is_grad_enabled() and (context.requires_grad or any(map(_needs_grad, self.layers))):
+        weights = (p for attn in self.layers for proj in (attn.to_k, attn.to_v) for p in proj.parameters())
+        if torch.is_grad_enabled() and (context.requires_grad or any(p.requires_grad for p in weights)):
             return False
         if any(container._compiled_call_impl is not None for container in self.containers):
             return False
@@ -195,8 +196,7 @@ class FastTransformerBlock(BasicTransformerBlock, metaclass=StandIn):
         self._compiled_call_impl = functools.partial(self._call_compiled, compiled)
 
     def _call_compiled(self, compiled: Callable, *args, **kwargs):
-        _, kwargs = _select_layer(self, args, kwargs) or (args, kwargs)
-        return compiled(*args, **kwargs)
+        return compiled(*map(_no_view, args), **(_select_layer(self, args, kwargs) or (args, kwargs))[1])
 
 
 # torch saves no trace over a class whose two names differ, as it takes it for a local one.
@@ -227,7 +227,7 @@ def select_before_compiled(compiled: nn.Module) -> None:
     """As `FastTransformerBlock.compile`, for what `torch.compile(block)` returned."""
     block = getattr(compiled, "_orig_mod", None)
     if isinstance(block, FastTransformerBlock) and "_selects_layer" not in compiled.__dict__:
-        compiled.__dict__["_selects_layer"] = compiled.register_forward_pre_hook(_select_layer, with_kwargs=True)
+        compiled.__dict__["_selects_layer"] = compiled.register_forward_pre_hook(_select_for_compiled, with_kwargs=True)
 
 
 def _select_layer(block: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -237,6 +237,16 @@ def _select_layer(block: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] |
         kwargs = {**kwargs, "encoder_hidden_states": contexts[block.context_index]}
         return args, kwargs
     return None
+
+
+def _select_for_compiled(block: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return tuple(map(_no_view, args)), (_select_layer(block, args, kwargs) or (args, kwargs))[1]
+
+
+def _no_view(value: Any) -> Any:
+    # Whether a tensor is a view of another one, as the first block's input is, would become part of the graph.
+    is_view = isinstance(value, torch.Tensor) and value._is_view() and not value.requires_grad
+    return value.detach() if is_view else value
 
 
 def _takes_keys(block: FastTransformerBlock) -> bool:
@@ -259,16 +269,12 @@ def _drops_out(proj: nn.Module) -> bool:
     return any(isinstance(drop, nn.Dropout) and drop.p > 0 for drop in getattr(proj, "lora_dropout", {}).values())
 
 
-def _needs_grad(attn: Attention) -> bool:
-    return any(p.requires_grad for proj in (attn.to_k, attn.to_v) for p in proj.parameters())
-
-
 def _signature(context: torch.Tensor, attn: Attention) -> tuple:
     kind = context.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     # What another stream still reads, this one must not write to.
-    on_gpu = kind == "cuda" and torch.cuda.is_initialized()
-    stream = torch.cuda.current_stream(context.device).cuda_stream if on_gpu else None
+    has_streams = kind == "cuda" and torch.cuda.is_initialized()
+    stream = torch.cuda.current_stream(context.device).cuda_stream if has_streams else None
     return context.shape, context.device, context.dtype, attn.to_k.weight.dtype, autocast, stream
 
 

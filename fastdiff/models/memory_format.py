@@ -8,10 +8,12 @@ import torch
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
+from ..identity import StandIn, stands_in_for
 from .group_norm import ChannelsLastGroupNorm
 
 
-class ChannelsLastTransformer2DModel(Transformer2DModel):
+@stands_in_for(Transformer2DModel)
+class ChannelsLastTransformer2DModel(Transformer2DModel, metaclass=StandIn):
     """diffusers' `Transformer2DModel`, which leaves its result in channels_last.
 
     Upstream copies it to NCHW, of which the next convolution makes NHWC again. Removable once upstream does not ask for

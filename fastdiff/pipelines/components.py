@@ -32,7 +32,8 @@ def check_components(pipeline_class: type, components: dict) -> None:
 
 def warn_of_mixed_dtypes(components: dict) -> None:
     """Name text encoders of another dtype than the UNet's, whose prompts the UNet cannot take, in stock as here."""
-    models = {name: components[name] for name in ("unet", "text_encoder", "text_encoder_2") if components.get(name)}
+    names = ("unet", "text_encoder", "text_encoder_2")
+    models = {name: components[name] for name in names if components.get(name) is not None}
     dtypes = {name: str(model.dtype).removeprefix("torch.") for name, model in models.items()}
     if "unet" in dtypes and len(set(dtypes.values())) > 1:
         listed = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
