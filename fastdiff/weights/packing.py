@@ -10,6 +10,7 @@ from torch import nn
 
 from .packed import Packed
 from .places import PACKED, form_of, layer_of, places
+from .sources import Checkpoint
 
 # Below this many parameters a model's layers are so small that the way through Python outweighs what is saved.
 _MIN_PARAMETERS = 100_000_000
@@ -64,12 +65,17 @@ def apply_packing(model: nn.Module, chosen: Collection[str]) -> int:
     Returns:
         The number of packed layers.
     """
+    mapped = None
     for name, place in places(model).items():
         form = form_of(place)
         if name in chosen and form == "plain":
+            mapped = mapped or Checkpoint(model).mapped()
             PACKED.make(place, None)
+            mapped.converted()
         elif name not in chosen and form == "packed":
             layer_of(place).give_up()
+    if mapped is not None:
+        mapped.let_go()
     return count_packed(model)
 
 

@@ -53,10 +53,12 @@ def apply_quantization(
     onednn, checkpoint = uses_onednn(scheme, model), Checkpoint(model)
     if onednn:
         taken, left = _int8_places(model, chosen)
-        for name, place in taken.items():
-            if form_of(place) != "int8":
-                layer = layer_of(place)
-                INT8.make(place, checkpoint.source(name_of_layer(name, place), layer.weight))
+        if fresh := {name: place for name, place in taken.items() if form_of(place) != "int8"}:
+            mapped = checkpoint.mapped()
+            for name, place in fresh.items():
+                INT8.make(place, checkpoint.source(name_of_layer(name, place), layer_of(place).weight))
+                mapped.converted()
+            mapped.let_go()
         convert_feed_forward(model)
     else:
         layers, left = plain_layers(model, scheme, min_weights)

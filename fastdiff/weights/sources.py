@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..models.form import Source
+from .mapped import MappedFiles
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PARTS = ("to_q", "to_k", "to_v")
@@ -149,6 +150,10 @@ class Checkpoint:
                 except (OSError, ValueError):
                     continue
         return files
+
+    def mapped(self) -> MappedFiles:
+        """Where the files are mapped in this process."""
+        return MappedFiles(file.path for file in self.files)
 
     def source(self, layer: str, weight: torch.Tensor, copy: bool = False) -> Source:
         """Where a layer's plain weight can be had again once it is let go.

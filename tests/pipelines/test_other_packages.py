@@ -205,7 +205,11 @@ def test_community_pipelines(name):
         },
     ):
         pipe = DiffusionPipeline.from_pretrained(
-            fastdiff.EMBEDDED_CHECKPOINT, custom_pipeline=str(file), torch_dtype=torch.float32, **components
+            fastdiff.EMBEDDED_CHECKPOINT,
+            custom_pipeline=str(file),
+            trust_remote_code=True,
+            torch_dtype=torch.float32,
+            **components,
         )
         pipe.set_progress_bar_config(disable=True)
         if name == "pipeline_sdxl_style_aligned":
