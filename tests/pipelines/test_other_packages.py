@@ -204,14 +204,22 @@ def test_community_pipelines(name):
             "vae": FastAutoencoderKL.from_pretrained(fastdiff.EMBEDDED_CHECKPOINT, subfolder="vae"),
         },
     ):
-        pipe = DiffusionPipeline.from_pretrained(
-            fastdiff.EMBEDDED_CHECKPOINT,
-            custom_pipeline=str(file),
-            trust_remote_code=True,
-            torch_dtype=torch.float32,
-            **components,
-        )
+        try:
+            pipe = DiffusionPipeline.from_pretrained(
+                fastdiff.EMBEDDED_CHECKPOINT,
+                custom_pipeline=str(file),
+                trust_remote_code=True,
+                torch_dtype=torch.float32,
+                **components,
+            )
+        except ImportError as error:
+            pytest.skip(f"needs another package: {error}")
         pipe.set_progress_bar_config(disable=True)
+        if name == "lpw_stable_diffusion_xl":
+            # It writes the numbers of CLIP's own tokens.
+            for encoder in (pipe.text_encoder, pipe.text_encoder_2):
+                torch.manual_seed(0)
+                encoder.resize_token_embeddings(49408)
         if name == "pipeline_sdxl_style_aligned":
             pipe.enable_style_aligned()
         for _ in range(2):
