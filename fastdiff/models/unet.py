@@ -178,7 +178,9 @@ class FastUNet2DConditionModel(FastModelMixin, UNet2DConditionModel):
 
     def load_lora_adapter(self, *args, **kwargs) -> None:
         """As upstream; fused layers stay fused, and quantized or packed ones what they are: an adapter adds to them."""
-        with self._changing_adapters(), attaching():
+        # A hot swap writes into the tensors of an adapter that is there, and changes no layer.
+        swaps = kwargs.get("hotswap") and kwargs.get("adapter_name") in getattr(self, "peft_config", {})
+        with nullcontext() if swaps else self._changing_adapters(), attaching():
             super().load_lora_adapter(*args, **kwargs)
 
     def add_adapter(self, adapter_config, *args, **kwargs) -> None:
