@@ -10,7 +10,6 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, Fu
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..identity import StandIn, stands_in_for
 from .adapters import added_by, is_hooked, why_not_beside
 from .form import Form
 from .fused_part import FusedPart
@@ -20,8 +19,7 @@ from .storage import is_plain
 _PARTS = ("to_q", "to_k", "to_v")
 
 
-@stands_in_for(Attention)
-class FastAttention(Attention, metaclass=StandIn):
+class FastAttention(Attention):
     """diffusers' `Attention` that is either fused (`to_qkv`) or separate (`to_q`, `to_k`, `to_v`), never both copies.
 
     Fusing moves the three weights into one storage and registers `to_qkv` in their place; `unfuse` registers them

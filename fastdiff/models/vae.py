@@ -40,7 +40,7 @@ class FastAutoencoderKL(FastModelMixin, AutoencoderKL):
     """
 
     _repeated_blocks = ["Encoder", "Decoder"]
-    _regions = ("ResnetBlock2D", "Attention", "Downsample2D", "Upsample2D")
+    _regions = ("ResnetBlock2D", "FastAttention", "Downsample2D", "Upsample2D")
 
     @functools.wraps(AutoencoderKL.__init__)  # type: ignore[misc]  # for `inspect`, which diffusers asks
     def __init__(self, *args, **kwargs):

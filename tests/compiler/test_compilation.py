@@ -266,7 +266,7 @@ def test_options_are_known_to_the_compiler(mode):
 def test_progress_names_the_regions_and_counts_down(traced_only):
     fast = load_fast(COMPILED)
     fast.unet._repeated_blocks = ["BasicTransformerBlock", "Downsample2D"]
-    fast.vae._repeated_blocks = ["Attention"]
+    fast.vae._repeated_blocks = ["FastAttention"]
     shown = io.StringIO()
     fast.set_progress_bar_config(file=shown, mininterval=0, miniters=1)
     fast.warmup(sizes=[(64, 64)])
@@ -276,7 +276,7 @@ def test_progress_names_the_regions_and_counts_down(traced_only):
     assert {total for _, total in counts} == {unet, unet + decoder}
     assert counts[-1] == (unet + decoder, unet + decoder)
     named = {re.search(r"(\w+ \d+->\d+)\]", line).group(1) for line in lines if "->" in line}
-    assert {"BasicTransformerBlock 96->96", "Attention 64->192"} <= named
+    assert {"BasicTransformerBlock 96->96", "FastAttention 64->192"} <= named
     assert sum(line.count("Compiling") for line in lines) == len(lines), "one bar"
 
     shown.truncate(0)
