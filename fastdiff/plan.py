@@ -35,7 +35,7 @@ from .models.base import FastModelMixin, casts_layerwise, prepare_compiled, unwr
 from .models.context import ContextKV
 from .models.group_norm import why_no_kernels
 from .models.memory_format import apply_channels_last
-from .models.offload import inner_offloading
+from .models.offload import clear_left_forwards, inner_offloading
 from .models.unet import FastUNet2DConditionModel
 from .models.vae import FastAutoencoderKL
 from .schedulers import fast_scheduler
@@ -83,6 +83,8 @@ class Plan(WeightSteps):
         if not isinstance(self.unet, FastUNet2DConditionModel):
             return [PlanStep("convert", False, f"left: a {type(self.unet).__qualname__}"), self._host_schedule()]
         remove_graphs((*self.denoisers, self.vae))
+        for model in (*self.denoisers, self.vae):
+            clear_left_forwards(model)
         # Its hooks wrap what compiling replaces. Another pipeline over the same UNet may want them back.
         self.had_deep_cache = remove_deep_cache(self.unet)
         names = "UNet, ControlNet and VAE" if self.controlnets else "UNet and VAE"

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from accelerate.hooks import AlignDevicesHook
 from diffusers.hooks.layerwise_casting import _is_layerwise_casting_active
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
@@ -62,6 +63,13 @@ class FastModelMixin(FusedProjectionsMixin, metaclass=StandIn):
         """As upstream. Projections are separate from then on, as it casts each layer on its own."""
         apply_fusion(self, False)
         super().enable_layerwise_casting(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # accelerate begins to move single layers, which it finds by the keys of the state dict: the stock ones.
+        if name == "_hf_hook" and any(isinstance(hook, AlignDevicesHook) for hook in getattr(value, "hooks", [value])):
+            give_up_forms(self)
+            apply_fusion(self, False)
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict:
         # A copy, or what is read from a file, shares its weights with nobody.

@@ -18,3 +18,14 @@ def inner_offloading(model: nn.Module) -> str | None:
         return "group offload"
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
     return "sequential offload" if any(getattr(hook, "offload", False) for hook in hooks) else None
+
+
+def clear_left_forwards(model: nn.Module) -> None:
+    """Take off what accelerate leaves where its hooks were removed: the class's own `forward`, as an attribute.
+
+    It would stand before the `forward` of the forms that layers take. Removable once accelerate deletes it.
+    """
+    for module in model.modules():
+        left = module.__dict__.get("forward")
+        if left is not None and getattr(left, "__func__", None) is type(module).forward:
+            del module.__dict__["forward"]

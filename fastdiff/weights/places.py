@@ -155,6 +155,8 @@ def form_of(place: Any) -> str:
 
 def _is_layer(layer: Any) -> bool:
     """Whether a layer is a stock one, or of a form that it can turn back from."""
+    if "forward" in layer.__dict__:
+        return False  # somebody's own, which would ask a form for its weight
     if isinstance(layer, Form):
         return not isinstance(layer, TorchaoLinear) and (isinstance(layer, Packed) or layer.source is not None)
     if type(layer) not in (nn.Linear, nn.Conv2d):

@@ -17,7 +17,8 @@ from PIL import Image
 from support.embedded import draw, load_fast, load_stock
 
 import fastdiff
-from fastdiff import FastAutoencoderKL, FastUNet2DConditionModel
+from fastdiff import FastAutoencoderKL, FastConfig, FastUNet2DConditionModel
+from fastdiff.models.form import count_forms
 
 COMMUNITY = Path(os.environ.get("FASTDIFF_UPSTREAM", "")) / "examples" / "community"
 
@@ -116,20 +117,22 @@ def test_bitsandbytes(assert_close):
     assert "quantized by you" in pipe.explain()
 
 
-def test_accelerate_hooks(assert_close):
+@pytest.mark.parametrize("forms", [{}, {"pack_weights": True}, {"quantization": "int8-dynamic"}], ids=str)
+def test_accelerate_hooks(forms, assert_close):
     accelerate = pytest.importorskip("accelerate")
+    stock, fast = load_stock(), load_fast(FastConfig.preset("exact", tuning="off", **forms))
+    first = draw(fast)
     pictures = []
-    for pipe in pair():
+    for pipe in (stock, fast):
         draw(pipe)
-        if hasattr(pipe, "fast_config"):
-            # accelerate looks weights up by their stock names; the pipeline's own methods of offloading see to that.
-            pipe.unet.unfuse_qkv_projections()
         accelerate.cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
         pictures.append(draw(pipe))
         accelerate.hooks.remove_hook_from_module(pipe.unet, recurse=True)
         pictures.append(draw(pipe))
     assert_close(pictures[2], pictures[0])
-    assert_close(pictures[3], pictures[1])
+    assert_close(pictures[3], first)
+    if forms:
+        assert count_forms(fast.unet) > 0, "after a picture the forms that the plan made anew are still there"
 
 
 @pytest.mark.parametrize("first_picture", [False, True])
