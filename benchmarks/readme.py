@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import sections  # noqa: E402
 
 from fastdiff.bench.settings import RECIPE, REFERENCE, SDXL_RANDOM  # noqa: E402
-from fastdiff.bench.table import UNITS, ratio  # noqa: E402
+from fastdiff.bench.table import UNITS, guidance, ratio  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -148,8 +148,7 @@ def _cells(result: Result) -> Iterator[tuple[str, str]]:
 def _steps(settings: dict) -> str:
     if settings["measures"][0] != "picture":
         return ""
-    without = "" if settings.get("guidance", 5.0) > 1 else " without guidance"
-    return f", {settings['steps']} steps{without}"
+    return f", {settings['steps']} steps {guidance(settings)}"
 
 
 def long_tables(results: list[Result]) -> str:

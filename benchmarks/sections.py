@@ -197,10 +197,8 @@ def lora(path: Path) -> str:
         times = [seconds(info["stock_median_s"]), seconds(run["stats"]["median"])]
         ratios = [f"{middle:.2f} ({low:.2f} to {high:.2f})" for middle, low, high in (stock, cost)]
         lines.append("| " + " | ".join([size, *times, *ratios]) + " |")
-    for run in data["benchmarks"]:
-        if run not in steps:
-            lines += ["", f"A swap there and back: {seconds(run['stats']['median'])}; nothing is quantized anew."]
-            break
+    swap = next(run for run in data["benchmarks"] if run not in steps)
+    lines += ["", f"A swap there and back: {seconds(swap['stats']['median'])}; nothing is quantized anew."]
     source = _source(path, data, "test_bench_lora.py --model sdxl-random --size 256 --size 512")
     return "\n".join([*lines, "", source])
 

@@ -130,7 +130,7 @@ def tuned_models(pipe: Any) -> list[Any]:
 
 
 def tuning_digest(pipe: Any) -> str | None:
-    """What stands for the measurements that a fast pipeline's choices come from; None where nothing is chosen by any.
+    """What stands for the measurements that a fast pipeline's choices may come from; None where there are none.
 
     Where it is equal, layers have equal forms, and pictures equal bits.
     """

@@ -81,7 +81,6 @@ def hopper(monkeypatch):
     monkeypatch.setattr("torchao.quantization.quant_api.is_sm_at_least_89", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda granularity: None)
     # What convolutions of NHWC give on a GPU; without one they do not tell.
     monkeypatch.setattr(torch._C, "_conv_determine_backend_memory_format", lambda x, w, b: torch.channels_last)
     monkeypatch.setattr(fastdiff.plan, "why_no_kernels", lambda device, dtype: None)

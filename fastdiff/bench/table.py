@@ -13,7 +13,7 @@ def title(results: dict) -> str:
     """What was measured, in one line."""
     settings = results["settings"]
     width, height = settings["size"]
-    parts = [settings["model"], f"{width}x{height}", f"batch {settings['batch']} {_guidance(settings)}"]
+    parts = [settings["model"], f"{width}x{height}", f"batch {settings['batch']} {guidance(settings)}"]
     if settings["measures"][0] == "picture":
         parts.append(f"{settings['steps']} steps")
     if settings["dtype"] != "bfloat16":
@@ -95,6 +95,6 @@ def ratio(spread: dict | None) -> str:
     return "-" if spread is None else f"{spread['median']:.2f} ({spread['min']:.2f}-{spread['max']:.2f})"
 
 
-def _guidance(settings: dict) -> str:
-    # Older results are all with guidance.
+def guidance(settings: dict) -> str:
+    """Whether a run was with classifier-free guidance, in words; older results, which do not say, all were."""
     return "with guidance" if settings.get("guidance", 5.0) > 1 else "without guidance"

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..failures import has_failed, note_failure
+from ..models.storage import no_view
 from .progress import current_progress
 from .settings import CompilerSettings
 
@@ -108,8 +109,7 @@ class SharedRegion(Region):
         if self._channels_last and value.ndim == 4:
             # Attention returns its result with channels first, convolutions do not: a graph each without this.
             value = value.contiguous(memory_format=torch.channels_last)
-        # Whether a tensor is a view of another one, and of which size, would become part of the graph.
-        return value.detach() if value._is_view() and not value.requires_grad else value
+        return no_view(value)
 
     def graph_of(self, sample: torch.Tensor) -> bool:
         return sample.shape[0] == 1

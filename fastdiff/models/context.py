@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..identity import StandIn, stands_in_for
+from .storage import no_view
 
 # On CPUs attention over 77 tokens takes up to twice the time of attention over 80: its kernels work in vectors of 16.
 _CPU_VECTOR = 16
@@ -196,7 +197,8 @@ class FastTransformerBlock(BasicTransformerBlock, metaclass=StandIn):
         self._compiled_call_impl = functools.partial(self._call_compiled, compiled)
 
     def _call_compiled(self, compiled: Callable, *args, **kwargs):
-        return compiled(*map(_no_view, args), **(_select_layer(self, args, kwargs) or (args, kwargs))[1])
+        args, kwargs = _select_for_compiled(self, args, kwargs)
+        return compiled(*args, **kwargs)
 
 
 # torch saves no trace over a class whose two names differ, as it takes it for a local one.
@@ -240,13 +242,8 @@ def _select_layer(block: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] |
 
 
 def _select_for_compiled(block: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    return tuple(map(_no_view, args)), (_select_layer(block, args, kwargs) or (args, kwargs))[1]
-
-
-def _no_view(value: Any) -> Any:
-    # Whether a tensor is a view of another one, as the first block's input is, would become part of the graph.
-    is_view = isinstance(value, torch.Tensor) and value._is_view() and not value.requires_grad
-    return value.detach() if is_view else value
+    _, kwargs = _select_layer(block, args, kwargs) or (args, kwargs)
+    return tuple(map(no_view, args)), kwargs  # the first block's input is a view, that of others is not
 
 
 def _takes_keys(block: FastTransformerBlock) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +16,15 @@ def is_plain(weight: torch.Tensor) -> bool:
     """Whether a weight holds its own numbers, and not those of a quantized one."""
     is_made_of_others = hasattr(weight, "__tensor_flatten__")
     return not is_made_of_others and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
+
+
+def no_view(value: Any) -> Any:
+    """A tensor that is a view of another one as a tensor of its own; all else as it is.
+
+    Whether an input is a view, and of a tensor of which size, would become part of a compiled graph.
+    """
+    is_view = isinstance(value, torch.Tensor) and value._is_view() and not value.requires_grad
+    return value.detach() if is_view else value
 
 
 def leaves(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

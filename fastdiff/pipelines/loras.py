@@ -19,6 +19,7 @@ class LoraShelf:
     def __init__(self, pipe: Any):
         self._pipe = pipe
         self._names: dict[str, str] = {}
+        self._active: tuple | None = ()
         self._count = 0
 
     def use(self, loras: Sequence[tuple[str, float]]) -> None:
@@ -30,6 +31,9 @@ class LoraShelf:
         Raises:
             ValueError: a file holds no LoRA for SDXL; then none is active.
         """
+        if tuple(loras) == self._active:
+            return
+        self._active = None  # until all has gone well
         for file, _ in loras:
             self._load(file)
         if loras:
@@ -40,6 +44,7 @@ class LoraShelf:
         wanted = {file for file, _ in loras}
         for file in [file for file in self._names if file not in wanted][: max(0, len(self._names) - _KEPT)]:
             self._pipe.delete_adapters(self._names.pop(file))
+        self._active = tuple(loras)
 
     def _load(self, file: str) -> None:
         if file in self._names:

@@ -229,13 +229,17 @@ def _no_zero_points() -> torch.Tensor:
 
 def _sum_rows(weight: torch.Tensor) -> torch.Tensor:
     # In float32, which holds these sums exactly and is three times as fast as int32.
-    return torch.cat([part.flatten(1).float().sum(dim=1) for part in weight.split(max(1, _CHUNK // weight[0].numel()))])
+    return torch.cat([part.flatten(1).float().sum(dim=1) for part in weight.split(_rows_at_a_time(weight))])
+
+
+def _rows_at_a_time(weight: torch.Tensor) -> int:
+    return max(1, _CHUNK // weight[0].numel())
 
 
 def _quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values = torch.empty(weight.shape, dtype=torch.int8)
     scales = torch.empty(weight.shape[0], dtype=torch.float32)
-    rows = max(1, _CHUNK // weight[0].numel())
+    rows = _rows_at_a_time(weight)
     for start in range(0, weight.shape[0], rows):
         part = weight[start : start + rows].float().flatten(1)
         scale = part.abs().amax(dim=1).clamp_min_(_TINY).div_(_LEVELS)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 # Linux's MADV_PAGEOUT: what can be read back is dropped, and nothing is lost.
 _PAGEOUT = 21
-# Layers that are converted from one time to the next.
-_EVERY = 32
+# Layers that get another form from one time to the next.
+LAYERS_AT_A_TIME = 32
 
 
 class MappedFiles:
@@ -27,7 +27,6 @@ class MappedFiles:
     def __init__(self, paths: Iterable[Path]):
         wanted = {str(path.resolve()) for path in paths}
         self._ranges: list[tuple[int, int]] = []
-        self._count = 0
         if not (wanted and sys.platform == "linux"):
             return
         try:
@@ -39,13 +38,7 @@ class MappedFiles:
                 start, _, end = fields[0].partition("-")
                 self._ranges.append((int(start, 16), int(end, 16)))
 
-    def converted(self) -> None:
-        """Count a layer that has got another form, and let pages go once there are some."""
-        self._count += 1
-        if self._count % _EVERY == 0:
-            self.let_go()
-
     def let_go(self) -> None:
-        """Drop the pages; those of weights that are still used come back as they are read."""
+        """Drop the pages. Those of weights that are still used come back as they are read."""
         for start, end in self._ranges:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _PAGEOUT)

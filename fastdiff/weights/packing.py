@@ -65,17 +65,13 @@ def apply_packing(model: nn.Module, chosen: Collection[str]) -> int:
     Returns:
         The number of packed layers.
     """
-    mapped = None
-    for name, place in places(model).items():
-        form = form_of(place)
-        if name in chosen and form == "plain":
-            mapped = mapped or Checkpoint(model).mapped()
-            PACKED.make(place, None)
-            mapped.converted()
-        elif name not in chosen and form == "packed":
+    found = places(model)
+    for name, place in found.items():
+        if name not in chosen and form_of(place) == "packed":
             layer_of(place).give_up()
-    if mapped is not None:
-        mapped.let_go()
+    fresh = [place for name, place in found.items() if name in chosen and form_of(place) == "plain"]
+    for place in Checkpoint(model).converting(fresh):
+        PACKED.make(place, None)
     return count_packed(model)
 
 

@@ -53,16 +53,13 @@ def apply_quantization(
     onednn, checkpoint = uses_onednn(scheme, model), Checkpoint(model)
     if onednn:
         taken, left = _int8_places(model, chosen)
-        if fresh := {name: place for name, place in taken.items() if form_of(place) != "int8"}:
-            mapped = checkpoint.mapped()
-            for name, place in fresh.items():
-                INT8.make(place, checkpoint.source(name_of_layer(name, place), layer_of(place).weight))
-                mapped.converted()
-            mapped.let_go()
+        fresh = [(name, place) for name, place in taken.items() if form_of(place) != "int8"]
+        for name, place in checkpoint.converting(fresh):
+            INT8.make(place, checkpoint.source(name_of_layer(name, place), layer_of(place).weight))
         convert_feed_forward(model)
     else:
         layers, left = plain_layers(model, scheme, min_weights)
-        for name, layer in layers.items():
+        for name, layer in checkpoint.converting(layers.items()):
             TorchaoLinear.quantize(layer, checkpoint.source(name, layer.weight), scheme)
     done = Quantized.of(model, scheme, left, reason)
     model.quantized = done if done.taken else None  # type: ignore[assignment]  # not a module

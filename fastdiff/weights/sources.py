@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from ..models.form import Source
-from .mapped import MappedFiles
+from .mapped import LAYERS_AT_A_TIME, MappedFiles
+
+T = TypeVar("T")
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PARTS = ("to_q", "to_k", "to_v")
@@ -151,9 +154,19 @@ class Checkpoint:
                     continue
         return files
 
-    def mapped(self) -> MappedFiles:
-        """Where the files are mapped in this process."""
-        return MappedFiles(file.path for file in self.files)
+    def converting(self, layers: Iterable[T]) -> Iterator[T]:
+        """Go through layers that get another form, and let the pages of the mapped files go on the way.
+
+        The files are looked for when there is a layer.
+        """
+        mapped = None
+        for count, layer in enumerate(layers, start=1):
+            mapped = mapped or MappedFiles(file.path for file in self.files)
+            yield layer
+            if count % LAYERS_AT_A_TIME == 0:
+                mapped.let_go()
+        if mapped is not None:
+            mapped.let_go()
 
     def source(self, layer: str, weight: torch.Tensor, copy: bool = False) -> Source:
         """Where a layer's plain weight can be had again once it is let go.

@@ -138,5 +138,3 @@ def test_clipping_has_no_weights(stock_class, options, named):
     fast.set_timesteps(10)
     with pytest.raises(ValueError, match=f"`{named}=True` makes the step nonlinear"):
         fast.step_weights()
-
-

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from fastdiff.bench.timing import Memory
-from fastdiff.weights import mapped
+from fastdiff.weights import sources
 from fastdiff.weights.mapped import MappedFiles
+from fastdiff.weights.sources import Checkpoint, WeightsFile
 
 MIB = 2**20
 
@@ -45,13 +47,16 @@ def test_what_was_edited_stays(weights):
 def test_they_go_every_few_layers(weights, monkeypatch):
     path, tensors = weights
     assert tensors["a"].sum() > 0
-    files, memory = MappedFiles([path]), Memory("cpu")
-    monkeypatch.setattr(mapped, "_EVERY", 2)
+    memory, model = Memory("cpu"), nn.Module()
+    model.weights_files = [WeightsFile(path)]
+    monkeypatch.setattr(sources, "LAYERS_AT_A_TIME", 2)
     held = memory.current()
-    files.converted()
+    layers = Checkpoint(model).converting(range(5))
+    assert [next(layers), next(layers)] == [0, 1]
     assert held - memory.current() < MIB
-    files.converted()
+    assert next(layers) == 2
     assert held - memory.current() > 16 * MIB
+    assert list(layers) == [3, 4]
 
 
 def test_other_files_are_left_alone(weights, tmp_path):
