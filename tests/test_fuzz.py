@@ -28,10 +28,6 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from fastdiff import FastStableDiffusionXLImg2ImgPipeline, FastStableDiffusionXLPipeline
 
-pytestmark = pytest.mark.skipif(
-    "FASTDIFF_LONG" not in os.environ, reason="draws many pictures; FASTDIFF_LONG=1 runs it"
-)
-
 SEQUENCES = int(os.environ.get("FASTDIFF_FUZZ", "10"))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import os
 import tempfile
 import textwrap
 from contextlib import nullcontext
@@ -232,8 +231,6 @@ def pictures(heading: str, fast: bool, first_picture: bool = False) -> list[np.n
 @pytest.mark.parametrize("when", ["as it stands", "after a first picture"])
 @pytest.mark.parametrize("heading", GUIDE)
 def test_guide(heading, when):
-    if any(word in heading.lower() for word in ("compil", "graph breaks")) and "FASTDIFF_LONG" not in os.environ:
-        pytest.skip("traces a whole UNet several times; FASTDIFF_LONG=1 runs it")
     expected = stock_pictures(heading)
     if isinstance(expected, str):
         pytest.skip(expected)

@@ -11,18 +11,18 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models import attention
 from diffusers.models.attention_processor import Attention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..identity import StandIn, stands_in_for
+from ..identity import StandIn
 from .storage import no_view
 
 # On CPUs attention over 77 tokens takes up to twice the time of attention over 80: its kernels work in vectors of 16.
 _CPU_VECTOR = 16
 
-_STOCK_FORWARD = BasicTransformerBlock.forward
+_STOCK_FORWARD = attention.BasicTransformerBlock.forward
 # What stands beside a `forward` of a block that only wraps its own: of our compiler, accelerate, diffusers.
 _OWN_FORWARDS = ("_compiled_method", "_hf_hook", "_diffusers_hook")
 
@@ -81,7 +81,7 @@ class ContextCache:
     MAX_ENTRIES = 16
     MAX_IDLE = 4
 
-    def __init__(self, blocks: list[FastTransformerBlock], containers: list[nn.Module]):
+    def __init__(self, blocks: list[BasicTransformerBlock], containers: list[nn.Module]):
         self.blocks, self.containers = blocks, containers
         self.layers = [block.attn2 for block in blocks]
         self.enabled = True
@@ -181,13 +181,15 @@ def _rounded_up(key: torch.Tensor, value: torch.Tensor) -> ContextKV:
     return ContextKV(F.pad(key, (0, 0, 0, extra)), F.pad(value, (0, 0, 0, extra)), mask)
 
 
-@stands_in_for(BasicTransformerBlock)
-class FastTransformerBlock(BasicTransformerBlock, metaclass=StandIn):
-    """diffusers' `BasicTransformerBlock`, which picks its own layer's keys and values out of those of all layers.
+class BasicTransformerBlock(attention.BasicTransformerBlock, metaclass=StandIn):
+    """diffusers' block, which picks its own layer's keys and values out of those of all layers.
 
-    It does so outside of compiled code, also of the user's, so that one graph serves all blocks.
+    It does so outside of compiled code, also of the user's, so that one graph serves all blocks. It has the stock name,
+    by which users and diffusers list blocks to compile, and is found under it in this module, as torch asks of a class
+    whose traces it saves.
     """
 
+    _replaces = attention.BasicTransformerBlock
     context_index: int
 
     def compile(self, *args, **kwargs) -> None:
@@ -201,34 +203,31 @@ class FastTransformerBlock(BasicTransformerBlock, metaclass=StandIn):
         return compiled(*args, **kwargs)
 
 
-# torch saves no trace over a class whose two names differ, as it takes it for a local one.
-FastTransformerBlock.__qualname__ = FastTransformerBlock.__name__
-
-
 def attach_context_cache(model: nn.Module) -> ContextCache:
     """Build the context cache of a model and let its transformer blocks pick their own layer's keys and values.
 
     The choice is made in a forward pre-hook of the block, outside of `block.forward`, so that a compiled block sees
     two tensors and the same code serves every layer.
     """
-    blocks = [m for m in model.modules() if isinstance(m, BasicTransformerBlock) and m.attn2 is not None]
+    stock = attention.BasicTransformerBlock
+    blocks = [m for m in model.modules() if isinstance(m, stock) and m.attn2 is not None]
     blocks = [block for block in blocks if block.attn2.is_cross_attention]
     for index, block in enumerate(blocks):
-        if type(block) is BasicTransformerBlock:
-            block.__class__ = FastTransformerBlock
+        if type(block) is stock:
+            block.__class__ = BasicTransformerBlock
             block.context_index = index
             block.register_forward_pre_hook(_select_layer, with_kwargs=True)
-    blocks = [block for block in blocks if isinstance(block, FastTransformerBlock)]
+    blocks = [block for block in blocks if isinstance(block, BasicTransformerBlock)]
     inside = {id(part) for block in blocks for part in block.modules()} | {id(model)}
     outside = [module for module in model.modules() if id(module) not in inside]
-    containers = [m for m in outside if any(isinstance(part, FastTransformerBlock) for part in m.modules())]
+    containers = [m for m in outside if any(isinstance(part, BasicTransformerBlock) for part in m.modules())]
     return ContextCache(blocks, containers)
 
 
 def select_before_compiled(compiled: nn.Module) -> None:
-    """As `FastTransformerBlock.compile`, for what `torch.compile(block)` returned."""
+    """As `BasicTransformerBlock.compile`, for what `torch.compile(block)` returned."""
     block = getattr(compiled, "_orig_mod", None)
-    if isinstance(block, FastTransformerBlock) and "_selects_layer" not in compiled.__dict__:
+    if isinstance(block, BasicTransformerBlock) and "_selects_layer" not in compiled.__dict__:
         compiled.__dict__["_selects_layer"] = compiled.register_forward_pre_hook(_select_for_compiled, with_kwargs=True)
 
 
@@ -246,7 +245,7 @@ def _select_for_compiled(block: Any, args: tuple, kwargs: dict) -> tuple[tuple, 
     return tuple(map(no_view, args)), kwargs  # the first block's input is a view, that of others is not
 
 
-def _takes_keys(block: FastTransformerBlock) -> bool:
+def _takes_keys(block: BasicTransformerBlock) -> bool:
     """Whether a block does what diffusers' does, and not what somebody put in its place, who expects the context."""
     if type(block).forward is not _STOCK_FORWARD:
         return False

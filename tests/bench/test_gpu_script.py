@@ -10,17 +10,12 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 import torch
 from support.embedded import load_fast
 
 from fastdiff import EMBEDDED_CHECKPOINT
 from fastdiff.bench.settings import Settings
 from fastdiff.bench.workloads import workload
-
-pytestmark = pytest.mark.skipif(
-    "FASTDIFF_LONG" not in os.environ, reason="starts the script many times, a minute each; FASTDIFF_LONG=1 runs it"
-)
 
 ROOT = Path(__file__).parents[2]
 PARTS = ["device", "tiny", "headline"]

@@ -107,7 +107,6 @@ def inductor(tmp_path, monkeypatch) -> Path:
     torch.compiler.reset()
 
 
-@pytest.mark.xfail(reason="saved traces are loaded, but transformer blocks are traced again; no code is made anew")
 def test_the_next_process_traces_and_compiles_nothing(saved, tmp_path, stock, assert_close):
     counts = run(tmp_path / "inductor", "load", saved, tmp_path / "latents.pt")
     assert counts == {"hit": 0, "miss": 0, "bypass": 0, "traced": 0}
@@ -127,7 +126,6 @@ def test_without_traces_the_next_process_compiles_nothing(saved, tmp_path):
     assert torch.equal(torch.load(tmp_path / "latents.pt"), torch.load(saved.parent / "latents.pt"))
 
 
-@pytest.mark.xfail(reason="saved traces are loaded, but transformer blocks are traced again; no code is made anew")
 def test_loaded_traces_notice_an_adapter(saved, inductor, tmp_path, stock, assert_close):
     counters.clear()
     pipe = fewer_regions(load_fast(COMPILED, compiled=saved))

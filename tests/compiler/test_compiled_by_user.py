@@ -12,10 +12,6 @@ from torch._dynamo.utils import counters
 
 from fastdiff import FastConfig, FastStableDiffusionXLPipeline, FastUNet2DConditionModel
 
-pytestmark = pytest.mark.skipif(
-    "FASTDIFF_LONG" not in os.environ, reason="traces whole models many times; FASTDIFF_LONG=1 runs it"
-)
-
 
 @pytest.fixture(autouse=True)
 def traced_only(fresh_compiler):
@@ -60,6 +56,7 @@ CALLS = [
 ]
 
 
+@pytest.mark.skipif("FASTDIFF_LONG" not in os.environ, reason="traces 24 whole UNets, minutes; FASTDIFF_LONG=1 runs it")
 def test_a_compiled_unet_makes_no_more_graphs_than_stock(assert_close):
     """Stock passes the compiler's limit of graphs in some of these calls, and so may ours: the limit is lifted."""
     made = {}
