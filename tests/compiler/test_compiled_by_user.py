@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from support.embedded import draw, load_fast
+from support.embedded import draw, load_fast, load_stock
 from support.tiny import load_tiny, tiny_unet
 from torch._dynamo.utils import counters
 
@@ -74,6 +74,19 @@ def test_a_compiled_unet_makes_no_more_graphs_than_stock(assert_close):
     print(f"graphs over {len(CALLS)} calls: {made}")
     assert 0 < made["fast"] <= made["stock"]
     for actual, expected in zip(results["fast"], results["stock"], strict=True):
+        assert_close(actual, expected)
+
+
+def test_compiled_blocks_make_no_more_graphs_than_stock(assert_close):
+    made, pictures = {}, {}
+    for name, pipe in (("stock", load_stock()), ("fast", load_fast("exact"))):
+        torch.compiler.reset()
+        counters.clear()
+        pipe.unet.compile_repeated_blocks(fullgraph=True)
+        pictures[name] = [draw(pipe, num_inference_steps=2), draw(pipe, num_inference_steps=1, height=96)]
+        made[name] = counters["stats"]["unique_graphs"]
+    assert 0 < made["fast"] <= made["stock"], made
+    for actual, expected in zip(pictures["fast"], pictures["stock"], strict=True):
         assert_close(actual, expected)
 
 
