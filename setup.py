@@ -26,6 +26,7 @@ setup(
         "fastdiff": ["py.typed"],
         "fastdiff.shapes": ["MODEL_CARD.md", "checkpoint/*.json", "checkpoint/*/*"],
         "fastdiff.scale": ["page.html"],
+        "fastdiff.models": ["attention.cpp"],
         "fastdiff.weights": ["activations.cpp"],
     },
     install_requires=[

@@ -14,7 +14,7 @@ from .config import FastConfig
 from .models.base import FastModelMixin
 from .models.memory_format import apply_channels_last
 from .tuning import PLAIN, Answers, Outcome, Tuner, choose, input_shapes, layer_key, layer_questions, tuner_of
-from .weights.native import load_kernels
+from .weights.activations import load_kernels
 from .weights.places import CANDIDATES, INT8, PACKED, count_weights, places, shipped_choice
 
 # Below this many parameters layers are so small that what they cost is the way through Python. VAEs have more.
@@ -137,7 +137,7 @@ def tuning_digest(pipe: Any) -> str | None:
     models, tuning = tuned_models(pipe), pipe.active_config.tuning
     if tuning == "off" or not models or models[0].device.type != "cpu":
         return None
-    tuner = _tuner(models[0], tuning)
+    tuner = tuner_for(models[0], tuning)
     return tuner.digest if tuner.answers else None
 
 
@@ -155,17 +155,22 @@ def measured_table(models: list[Any], tuning: str, side: int | None) -> tuple[li
         found = _of_some_size(places(model))
         counts = Counter(map(layer_key, found.values()))
         for key, outcomes in _measured(model, found, tuning, None, _MAX_SECONDS, side, again=True).items():
-            fits = tuple(name for name in outcomes if name != PLAIN)
-            shown = ", ".join(_show(name, outcome) for name, outcome in outcomes.items())
-            lines.append(f"{counts[key]:4} x {key}: {shown}; taken: {choose(outcomes, fits)}")
-    return lines, _tuner(models[0], tuning).record.path
+            lines.append(f"{counts[key]:4} x {table_line(key, outcomes)}")
+    return lines, tuner_for(models[0], tuning).record.path
 
 
-def _show(name: str, outcome: Outcome) -> str:
+def table_line(key: str, outcomes: dict[str, Outcome]) -> str:
+    """What was measured for a key, the plain option first, and which option is taken."""
+    plain, *others = outcomes
+    shown = ", ".join(_show(name, outcome, plain) for name, outcome in outcomes.items())
+    return f"{key}: {shown}; taken: {choose(outcomes, tuple(others))}"
+
+
+def _show(name: str, outcome: Outcome, plain: str) -> str:
     if outcome.refused is not None:
         return f"{name} refused ({outcome.refused})"
     low, middle, high = outcome.ratio
-    times = "" if name == PLAIN else f" ({middle:.2f} times plain, {low:.2f} to {high:.2f})"
+    times = "" if name == plain else f" ({middle:.2f} times {plain}, {low:.2f} to {high:.2f})"
     return f"{name} {outcome.ms:.3g} ms{times}"
 
 
@@ -182,7 +187,7 @@ def _measured(
     side: int | None = None,
     again: bool = False,
 ) -> Answers:
-    return _tuner(model, tuning).ask(
+    return tuner_for(model, tuning).ask(
         map(layer_key, found.values()),
         lambda keys: layer_questions(found, CANDIDATES, keys, lambda: input_shapes(model, side)),
         bar,
@@ -191,6 +196,7 @@ def _measured(
     )
 
 
-def _tuner(model: Any, tuning: str) -> Tuner:
+def tuner_for(model: Any, tuning: str) -> Tuner:
+    """What asks this machine for a model, and remembers."""
     activations = "operators" if load_kernels() is None else "compiled"
     return tuner_of(tuning, next(model.parameters()).device, (("activations", activations),))

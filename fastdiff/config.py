@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 COMPILE_MODES = ("auto", "regional", "full", "off")
+ATTENTION_KERNELS = ("auto", "pytorch")
 QUANTIZATION_SCHEMES = ("auto", "fp8-dynamic", "int8-dynamic", "fp8-weight-only", "int8-weight-only", "none")
 
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -24,6 +25,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "context_cache": False,
         "channels_last": False,
         "pack_weights": False,
+        "attention": "pytorch",
         "host_schedule": False,
         "cuda_graphs": False,
         "dtype": "stock",
@@ -46,6 +48,8 @@ class FastConfig:
         channels_last: NHWC memory format for convolutions.
         pack_weights: on CPUs, weights in oneDNN's own layout, in place of the plain ones; `"auto"` packs large models
             that are not compiled and share their weights with no stock model.
+        attention: `"auto"` takes, on CPUs in large models, a kernel of ours where it is measured to win; `"pytorch"`
+            always PyTorch's. A backend of `set_attention_backend` comes before either.
         host_schedule: schedulers that keep their schedule on the CPU, so that no step waits for the device.
         cuda_graphs: replay the UNet step, ControlNets and the VAE decoder as CUDA graphs. On CUDA only, where
             `"auto"` means True; elsewhere, with offloading and with deep_cache, the plan says why not.
@@ -74,6 +78,7 @@ class FastConfig:
     context_cache: bool = True
     channels_last: bool = True
     pack_weights: str | bool = "auto"
+    attention: str = "auto"
     host_schedule: bool = True
     cuda_graphs: str | bool = "auto"
     dtype: str | torch.dtype = "auto"
@@ -85,6 +90,7 @@ class FastConfig:
     def __post_init__(self) -> None:
         _check_choice("compile", self.compile, COMPILE_MODES)
         _check_choice("quantization", self.quantization, QUANTIZATION_SCHEMES)
+        _check_choice("attention", self.attention, ATTENTION_KERNELS)
         for name in ("fuse_qkv", "context_cache", "channels_last", "host_schedule", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"FastConfig.{name} must be True or False, not {getattr(self, name)!r}.")

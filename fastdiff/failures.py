@@ -31,6 +31,7 @@ _OFF: dict[str, dict[str, object]] = {
     "context_cache": {"context_cache": False},
     "quantize": {"quantization": "none"},
     "pack_weights": {"pack_weights": False},
+    "attention": {"attention": "pytorch"},
     "compile": {"compile": "off"},
     "guidance_interval": {"guidance_interval": None},
     "deep_cache": {"deep_cache_interval": None},
@@ -40,6 +41,7 @@ _OFF: dict[str, dict[str, object]] = {
 _HOMES: dict[str, tuple[str, ...]] = {
     "pack_weights": ("fastdiff.weights.packed", "fastdiff.weights.packing", "fastdiff.weights.geglu"),
     "quantize": ("fastdiff.weights.int8", "fastdiff.weights.torchao_form", "fastdiff.weights.geglu", "torchao"),
+    "attention": ("fastdiff.models.attention_kernel",),
     "fuse_qkv": ("fastdiff.models.processor", "fastdiff.models.attention"),
     "context_cache": ("fastdiff.models.context", "fastdiff.models.processor"),
     "host schedule": ("fastdiff.schedulers",),

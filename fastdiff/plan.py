@@ -7,6 +7,7 @@ This is the only file that knows the order:
     memory format    before fusing and compiling, so that graphs see the final strides
     fuse             before quantizing, so that the fused weight is what gets quantized
     context cache    reads the projections as they are in the end; holds no weights
+    attention        before compiling, as code depends on it; on CPUs where a kernel was measured to win on this machine
     quantize         before compiling, so that the graph contains the quantized kernels; on CPUs where it was measured
                      to win on this machine
     pack             what is not quantized, where that wins; not what is going to be compiled
@@ -22,6 +23,7 @@ from dataclasses import replace
 
 import torch
 
+from .attention_choice import AttentionChoice, choose_attention
 from .choices import FormChoices
 from .compiler import apply_compilation, choose_compile, compiled_by_user, expect_new_graphs, undo_compilation
 from .config import FastConfig
@@ -31,6 +33,7 @@ from .graphs.recording import CudaRecorder
 from .lossy.deep_cache import apply_deep_cache, remove_deep_cache
 from .lossy.guidance_interval import apply_guidance_interval
 from .models.attention import FastAttention
+from .models.attention_kernel import apply_attention
 from .models.base import FastModelMixin, casts_layerwise, prepare_compiled, unwrapped
 from .models.context import ContextKV
 from .models.group_norm import why_no_kernels
@@ -93,6 +96,7 @@ class Plan(WeightSteps):
             self._attempt("host schedule", self._host_schedule),
             *self._weights(),
             self._attempt("context_cache", self._context_cache),
+            self._attempt("attention", self._attention),
             self._attempt("quantize", self._quantize),
             self._attempt("pack_weights", self._pack),
             self._attempt("compile", self._compile),
@@ -191,6 +195,21 @@ class Plan(WeightSteps):
             return PlanStep("context_cache", False, _OFF.format("context_cache"))
         layers = sum(len(model.context_cache.layers) for model in self.denoisers)
         return PlanStep("context_cache", True, f"keys and values of {layers} layers once per prompt")
+
+    def _attention(self) -> PlanStep:
+        name, why = "attention", None
+        if self.config.attention != "auto":
+            why = _OFF.format(name)
+        elif self.device.type != "cpu":
+            why = "left to PyTorch: our kernel is for CPUs"
+        elif self._is_compiled():
+            why = "left to PyTorch in compiled regions"
+        layers, reasons = 0, {}
+        for model in self.denoisers:
+            choice = AttentionChoice(frozenset(), why) if why else choose_attention(model, self.config.tuning, self.bar)
+            layers += apply_attention(model, choice.kinds)
+            reasons[choice.reason] = True
+        return PlanStep(name, layers > 0, "; ".join(reasons))
 
     def _compile(self) -> PlanStep:
         choice = choose_compile(self.config.compile, self.unet, self.device)

@@ -135,6 +135,8 @@ FAULTS = {
     "an operator that is missing": (
         "pack_weights", lambda patch: patch.setattr("fastdiff.weights.packed._linear", raising(MISSING)), PACKED),
     "packing failing": ("pack_weights", attribute(fastdiff.weight_steps, "apply_packing", MISSING), PACKED),
+    "a kernel for attention that cannot be chosen": (
+        "attention", attribute(fastdiff.plan, "choose_attention", MISSING), {}),
     "out of memory while fusing": ("fuse_qkv", attribute(FastAttention, "fuse", OUT_OF_MEMORY), {}),
     "out of memory for another memory format": (
         "channels_last", attribute(fastdiff.plan, "apply_channels_last", OUT_OF_MEMORY), {}),

@@ -21,10 +21,11 @@ MAY_IMPORT = {
     "quiet": set(),
     "failures": {"config"},
     "identity": set(),
-    "models": {"identity"},
+    "native": {"cache"},
+    "models": {"identity", "native"},
     "schedulers": {"identity"},
     "lossy": {"config"},
-    "weights": {"models", "cache"},
+    "weights": {"models", "native"},
     "tuning": {"cache"},
     "compiler": {"failures", "models"},
     "graphs": {"failures", "models"},
@@ -33,8 +34,9 @@ MAY_IMPORT = {
 }
 LOW = set(MAY_IMPORT)
 MAY_IMPORT["choices"] = {"config", "models", "tuning", "weights"}
+MAY_IMPORT["attention_choice"] = {"choices", "models", "tuning"}
 MAY_IMPORT["weight_steps"] = {*LOW, "choices"}
-MAY_IMPORT["plan"] = {*LOW, "weight_steps", "choices"}
+MAY_IMPORT["plan"] = {*LOW, "weight_steps", "choices", "attention_choice"}
 MAY_IMPORT["pipelines"] = {*LOW, "plan", "weight_steps", "choices"}
 MAY_IMPORT["shapes.training"] = {*LOW, "plan", "pipelines"}
 MAY_IMPORT["bench"] = MAY_IMPORT["scale"] = {*LOW, "choices", "plan", "pipelines", "shapes.training"}

@@ -19,6 +19,7 @@ def add_command(commands) -> None:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
+    from ..attention_choice import attention_table
     from ..choices import measured_table, tuned_models
 
     pipe = load_pipeline(arguments)
@@ -33,6 +34,8 @@ def _tune(arguments: argparse.Namespace) -> int:
     if not models:
         raise UsageError(f"--preset {arguments.preset}: the stock classes stay in place, and nothing is chosen")
     rows, path = measured_table(models, tuning, side)
+    if pipe.active_config.attention == "auto":
+        rows += attention_table([model for model in models if model is not pipe.vae], tuning, side)
     for row in rows:
         print(row)
     print(f"{len(rows)} shapes in {time.perf_counter() - started:.1f} s, kept in {path}")

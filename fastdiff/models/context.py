@@ -173,12 +173,17 @@ class ContextCache:
 
 def _rounded_up(key: torch.Tensor, value: torch.Tensor) -> ContextKV:
     tokens = key.shape[1]
-    extra = -tokens % _CPU_VECTOR if key.device.type == "cpu" else 0
+    extra = appended_tokens(tokens) if key.device.type == "cpu" else 0
     if not extra:
         return ContextKV(key, value)
     mask = key.new_zeros(1, 1, 1, tokens + extra)
     mask[..., tokens:] = -torch.inf
     return ContextKV(F.pad(key, (0, 0, 0, extra)), F.pad(value, (0, 0, 0, extra)), mask)
+
+
+def appended_tokens(tokens: int) -> int:
+    """How many tokens are appended to those of a prompt on CPUs."""
+    return -tokens % _CPU_VECTOR
 
 
 class BasicTransformerBlock(attention.BasicTransformerBlock, metaclass=StandIn):

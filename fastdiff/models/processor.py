@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
@@ -21,7 +23,13 @@ class FusedQKVAttnProcessor(AttnProcessor2_0):
       backend, which that does not know, the separate projections.
 
     `model.set_attention_backend(name)` sets the backend, as on diffusers' newer models; without one, PyTorch chooses.
+
+    Attributes:
+        kernels: by `"self"` or `"cross"`, functions of query, key, value and mask that are tried before PyTorch's; they
+            return None for what they do not take.
     """
+
+    kernels: Mapping[str, Callable[..., torch.Tensor | None]] = {}
 
     accepts_context_kv = True
     # Where diffusers looks whether a processor can have a backend.
@@ -75,7 +83,8 @@ class FusedQKVAttnProcessor(AttnProcessor2_0):
             key, value = (x[:, :, : attention_mask.shape[-1]] for x in (key, value))
             attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[2], key.shape[0])
             attention_mask = attention_mask.unflatten(0, (-1, attn.heads))
-        hidden_states = self._attend(query, key, value, attention_mask).flatten(2)
+        kernel = self.kernels.get("self" if fused else "cross")
+        hidden_states = self._attend(kernel, query, key, value, attention_mask).flatten(2)
         for layer in attn.to_out:
             hidden_states = layer(hidden_states)
 
@@ -87,9 +96,12 @@ class FusedQKVAttnProcessor(AttnProcessor2_0):
             hidden_states = hidden_states / attn.rescale_output_factor
         return hidden_states
 
-    def _attend(self, query, key, value, mask: torch.Tensor | None) -> torch.Tensor:
+    def _attend(self, kernel: Callable | None, query, key, value, mask: torch.Tensor | None) -> torch.Tensor:
         """Attention of (batch, heads, tokens, head_dim), heads behind tokens in the result."""
         if self._attention_backend is None:
+            attended = None if kernel is None else kernel(query, key, value, mask)
+            if attended is not None:
+                return attended.transpose(1, 2)
             return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=self._attention_backend)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ class Question:
 
     key: str
     options: tuple[Option, ...]
-    inputs: Callable[[str, float], tuple[torch.Tensor, ...]]
+    inputs: Callable[[str, float], tuple[Any, ...]]
     tolerance: float = 0.02
     lossy_tolerance: float = 0.05
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from .native import load_kernels
+from ..native import load_library
 
 # One less than fits in 8 bits, as the zero point is rounded too: so that the lowest number comes to -0.49 levels or
 # more, and the highest to 254.51 or less. Nothing has to be clamped.
@@ -18,6 +20,7 @@ _TINY = 1e-30
 # Numbers that are quantized at a time without compiled code: the pass after finds them in the cache, and no fresh
 # memory, whose pages cost most on a CPU, is touched. Below a few such blocks the calls cost more than that.
 _BLOCK, _FEW_BLOCKS = 1 << 19, 4
+_SOURCE = Path(__file__).with_name("activations.cpp")
 _COMPILED = {torch.bfloat16: "fastdiff_quantize_bfloat16", torch.float32: "fastdiff_quantize_float32"}
 
 
@@ -67,9 +70,15 @@ def quantize_padded(x: torch.Tensor, padding: tuple[int, int]) -> Quantized:
     return Quantized(values.permute(0, 3, 1, 2), scale, zero_point)
 
 
-def is_compiled() -> bool:
-    """Whether the pass is compiled code here."""
-    return load_kernels() is not None
+@functools.cache
+def load_kernels() -> ctypes.CDLL | None:
+    """The pass as compiled code, or None where it cannot be had."""
+    library = load_library(_SOURCE)
+    for name in _COMPILED.values() if library is not None else ():
+        function = getattr(library, name)
+        function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 6 + [ctypes.c_void_p]
+        function.restype = None
+    return library
 
 
 def _compiled(dtype: torch.dtype):

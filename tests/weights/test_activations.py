@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from fastdiff.weights import activations
-from fastdiff.weights.activations import quantize, quantize_padded
-from fastdiff.weights.native import load_kernels
+from fastdiff.weights.activations import load_kernels, quantize, quantize_padded
 
 PASSES = [
     pytest.param("compiled", marks=pytest.mark.skipif(load_kernels() is None, reason="needs a C++ compiler")),
@@ -64,35 +63,3 @@ def test_zeros_have_a_scale_and_what_is_not_finite_has_none(each_pass):
         x = torch.ones(40_000)
         x[39_999] = bad
         assert not math.isfinite(quantize(x).scale)
-
-
-@pytest.mark.skipif(load_kernels() is None, reason="needs a C++ compiler")
-def test_the_compiled_pass_is_kept_and_a_damaged_one_is_made_anew(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    load = load_kernels.__wrapped__
-    assert load() is not None
-    (library,) = tmp_path.rglob("*.so")
-    before = library.stat().st_mtime_ns
-    assert load() is not None and library.stat().st_mtime_ns == before, "made once"
-    damaged = tmp_path / "other" / "fastdiff" / library.name
-    damaged.parent.mkdir(parents=True)
-    damaged.write_bytes(b"no library")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    assert load() is not None and damaged.stat().st_size > 1000
-    assert not list(tmp_path.rglob(".*")), "nothing half made is left"
-
-
-@pytest.mark.parametrize("compiler", ["/does/not/exist", "false"])
-def test_without_a_compiler_that_works_the_operators_serve(compiler, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", compiler)
-    assert load_kernels.__wrapped__() is None
-
-
-@pytest.mark.skipif(load_kernels() is None, reason="needs a C++ compiler")
-def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path, monkeypatch):
-    (tmp_path / "fastdiff").write_text("in the way of the folder")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    assert load_kernels.__wrapped__() is not None

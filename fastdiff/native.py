@@ -1,4 +1,4 @@
-"""The pass over activations as compiled C++, where there is a compiler."""
+"""C++ of ours, compiled where it runs, where there is a compiler."""
 
 from __future__ import annotations
 
@@ -14,47 +14,47 @@ from pathlib import Path
 
 import torch
 
-from ..cache import cache_folder
+from .cache import cache_folder
 
-_SOURCE = Path(__file__).with_name("activations.cpp")
 # Not -ffast-math: linked, it would change how the whole process treats denormal numbers.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-std=c++17", "-fPIC")
 _TIMEOUT_S = 120
 
 
 @functools.cache
-def load_kernels() -> ctypes.CDLL | None:
-    """The compiled pass; None without a compiler, or where what it makes cannot be loaded here.
+def load_library(source: Path) -> ctypes.CDLL | None:
+    """What a file of C++ compiles to; None without a compiler, or where what it makes cannot be loaded here.
 
-    Compiled once a machine and version; kept in the user's cache folder where that can be written.
+    Compiled once a machine and version; kept in the user's cache folder where that can be written. The file needs
+    none of PyTorch's headers, and has its threads from OpenMP.
     """
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         return None
-    path = cache_folder() / f"activations-{_key(compiler)}.so"
+    path = cache_folder() / f"{source.stem}-{_key(source, compiler)}.so"
     try:
-        return _bind(path)
+        return ctypes.CDLL(str(path))
     except OSError:
         pass  # not there, or not whole
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            built = _compile(compiler, Path(scratch))
+            built = _compile(source, compiler, Path(scratch))
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 partial = path.with_name(f".{path.name}.{os.getpid()}")
                 shutil.copy(built, partial)
                 partial.replace(path)
-                return _bind(path)
+                return ctypes.CDLL(str(path))
             except OSError:
-                return _bind(built)  # loaded, the file is needed no more
+                return ctypes.CDLL(str(built))  # loaded, the file is needed no more
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def _compile(compiler: str, folder: Path) -> Path:
-    compiled, library = folder / "activations.o", folder / "activations.so"
+def _compile(source: Path, compiler: str, folder: Path) -> Path:
+    compiled, library = folder / f"{source.stem}.o", folder / f"{source.stem}.so"
     steps = (
-        [*compiler.split(), *_FLAGS, "-fopenmp", "-c", str(_SOURCE), "-o", str(compiled)],
+        [*compiler.split(), *_FLAGS, "-fopenmp", "-c", str(source), "-o", str(compiled)],
         [*compiler.split(), "-shared", str(compiled), "-o", str(library), _openmp()],
     )
     for step in steps:
@@ -69,17 +69,8 @@ def _openmp() -> str:
     return str(found[0]) if found else "-fopenmp"
 
 
-def _bind(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    for name in ("bfloat16", "float32"):
-        function = getattr(library, f"fastdiff_quantize_{name}")
-        function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 6 + [ctypes.c_void_p]
-        function.restype = None
-    return library
-
-
-def _key(compiler: str) -> str:
-    parts = (_SOURCE.read_text(encoding="utf-8"), _FLAGS, compiler, torch.__version__, _processor())
+def _key(source: Path, compiler: str) -> str:
+    parts = (source.read_text(encoding="utf-8"), _FLAGS, compiler, torch.__version__, _processor())
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
