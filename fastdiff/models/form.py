@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -206,9 +207,9 @@ class Form(nn.Module):
         self._become_plain(self._parameters["weight"])  # type: ignore[arg-type]  # never None
 
 
-def count_forms(model: nn.Module) -> int:
-    """How many layers of a model have their weight in another form than the plain one."""
-    return sum(isinstance(module, Form) for module in model.modules())
+def count_forms(model: nn.Module) -> dict[type, int]:
+    """How many layers of a model have their weight in which form; plain ones are not counted."""
+    return Counter(type(module) for module in model.modules() if isinstance(module, Form))
 
 
 def quantized_by_hand(model: nn.Module) -> int:

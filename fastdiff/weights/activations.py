@@ -1,4 +1,4 @@
-"""Activations to uint8, as they come: one scale and one zero point an input."""
+"""Activations to uint8, as they come: one scale and one zero point an input. Weights to int8, by compiled code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TINY = 1e-30
 # memory, whose pages cost most on a CPU, is touched. Below a few such blocks the calls cost more than that.
 _BLOCK, _FEW_BLOCKS = 1 << 19, 4
 _SOURCE = Path(__file__).with_name("activations.cpp")
-_COMPILED = {torch.bfloat16: "fastdiff_quantize_bfloat16", torch.float32: "fastdiff_quantize_float32"}
+_COMPILED = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
 class Quantized(NamedTuple):
@@ -74,16 +74,34 @@ def quantize_padded(x: torch.Tensor, padding: tuple[int, int]) -> Quantized:
 def load_kernels() -> ctypes.CDLL | None:
     """The pass as compiled code, or None where it cannot be had."""
     library = load_library(_SOURCE)
-    for name in _COMPILED.values() if library is not None else ():
-        function = getattr(library, name)
-        function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 6 + [ctypes.c_void_p]
-        function.restype = None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    for dtype in _COMPILED.values() if library is not None else ():
+        inputs, rows = (getattr(library, f"fastdiff_quantize_{name}{dtype}") for name in ("", "rows_"))
+        inputs.argtypes = [pointer] * 2 + [number] * 6 + [pointer]
+        rows.argtypes = [pointer] * 3 + [number] * 2
+        inputs.restype = rows.restype = None
     return library
 
 
-def _compiled(dtype: torch.dtype):
+def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Quantize a weight to -127 to 127, with a scale for each index of its first dimension.
+
+    Returns:
+        int8 of the weight's shape, and float32 scales; None without compiled code for this dtype and memory format.
+    """
+    function = _compiled(weight.dtype, "rows_")
+    dense = weight.is_contiguous() or (weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last))
+    if function is None or not dense or weight.device.type != "cpu" or not weight.numel():
+        return None
+    values = torch.empty_like(weight, dtype=torch.int8)
+    scales = torch.empty(len(weight), dtype=torch.float32)
+    function(weight.data_ptr(), values.data_ptr(), scales.data_ptr(), len(weight), weight.numel() // len(weight))
+    return values, scales
+
+
+def _compiled(dtype: torch.dtype, name: str = ""):
     kernels = load_kernels() if dtype in _COMPILED else None
-    return None if kernels is None else getattr(kernels, _COMPILED[dtype])
+    return None if kernels is None else getattr(kernels, f"fastdiff_quantize_{name}{_COMPILED[dtype]}")
 
 
 def _call(function, x: torch.Tensor, values: torch.Tensor, sizes: tuple, padding: tuple[int, int]) -> Quantized:

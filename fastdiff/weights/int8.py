@@ -15,7 +15,7 @@ from diffusers.models.attention import FeedForward
 from torch import nn
 
 from ..models.form import Form, Kind
-from .activations import quantize, quantize_padded
+from .activations import quantize, quantize_padded, quantize_rows
 
 # Numbers of a weight that are quantized at a time: bounds the float32 copy.
 _CHUNK = 1 << 20
@@ -237,6 +237,8 @@ def _rows_at_a_time(weight: torch.Tensor) -> int:
 
 
 def _quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if (found := quantize_rows(weight)) is not None:
+        return found
     values = torch.empty(weight.shape, dtype=torch.int8)
     scales = torch.empty(weight.shape[0], dtype=torch.float32)
     rows = _rows_at_a_time(weight)

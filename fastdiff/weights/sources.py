@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +21,8 @@ from .mapped import LAYERS_AT_A_TIME, MappedFiles
 T = TypeVar("T")
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Bytes that are read at a time: they stay in the cache while they are compared.
+_PIECE = 1 << 21
 _PARTS = ("to_q", "to_k", "to_v")
 
 
@@ -61,6 +65,25 @@ class InFile:
         parts = [self.file.tensor(name) for name in self.names]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self.dtype)
 
+    def holds(self, weight: torch.Tensor) -> bool:
+        """Whether the file has this very weight, bit for bit."""
+        parts = weight.detach().cpu().chunk(len(self.names))
+        try:
+            return all(self._has(name, part) for name, part in zip(self.names, parts, strict=True))
+        except OSError:
+            return False
+
+    def _has(self, name: str, part: torch.Tensor) -> bool:
+        if self.file.shape(name) != part.shape:
+            return False
+        numbers, start = part.reshape(-1), 0
+        for stored in self.file.pieces(name):
+            end = start + len(stored)
+            if not torch.equal(stored.to(self.dtype), numbers[start:end]):
+                return False
+            start = end
+        return True
+
 
 class WeightsFile:
     """One safetensors file: its header, read once, and its tensors, read when they are asked for.
@@ -91,16 +114,41 @@ class WeightsFile:
     def _stored(self, name: str) -> str:
         return name if self._renamed is None else self._renamed.get(name, "")
 
+    def shape(self, name: str) -> torch.Size:
+        """The shape of a tensor."""
+        return torch.Size(self._header[self._stored(name)]["shape"])
+
     def tensor(self, name: str) -> torch.Tensor:
         """Read a tensor, as the file has it."""
-        entry = self._header[self._stored(name)]
-        start, end = entry["data_offsets"]
-        data = bytearray(end - start)
-        with self.path.open("rb") as file:
-            file.seek(self._start + start)
-            if file.readinto(data) != len(data):
-                raise OSError(f"{self.path} ends before the tensor {name!r} does")
-        return torch.frombuffer(data, dtype=_DTYPES[entry["dtype"]]).view(entry["shape"])
+        found = torch.empty(self.shape(name), dtype=self._dtype(name))
+        # By several threads: it is the system's work, which finds memory for what is read.
+        parts = found.view(-1).chunk(min(torch.get_num_threads(), -(-found.nbytes // _PIECE)) or 1)
+        starts = itertools.accumulate((part.nbytes for part in parts), initial=0)
+        with ThreadPoolExecutor(len(parts)) as readers:
+            list(readers.map(functools.partial(self._fill, name), parts, starts))
+        return found
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """Read a tensor's numbers in their order, some at a time; each piece is overwritten by the next."""
+        dtype, count = self._dtype(name), self.shape(name).numel()
+        buffer = torch.empty(min(count, _PIECE // dtype.itemsize), dtype=dtype)
+        for start in range(0, count, max(1, len(buffer))):
+            piece = buffer[: count - start]
+            self._fill(name, piece, start * dtype.itemsize)
+            yield piece
+
+    def _fill(self, name: str, numbers: torch.Tensor, skipped: int) -> None:
+        """Read numbers that lie so many bytes behind the first of a tensor."""
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._start + self._header[self._stored(name)]["data_offsets"][0] + skipped)
+            into = numbers.view(torch.uint8).numpy().data
+            while len(into):
+                if not (count := file.readinto(into)):
+                    raise OSError(f"{self.path} ends before the tensor {name!r} does")
+                into = into[count:]
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return _DTYPES[self._header[self._stored(name)]["dtype"]]
 
     def is_float(self, name: str) -> bool:
         """Whether a tensor is of a kind that weights are read in."""
@@ -180,7 +228,7 @@ class Checkpoint:
         for file in self.files:
             if all(name in file and file.is_float(name) for name in names):
                 source = InFile(file, names, weight.dtype)
-                if _equal(source, weight):
+                if source.holds(weight):
                     return source
         kept = weight.detach().cpu().contiguous()
         return Kept(kept.clone() if copy else kept)
@@ -191,14 +239,6 @@ def _stock_names(layer: str) -> Iterator[str]:
     stem, _, last = layer.rpartition(".")
     for part in _PARTS if last == "to_qkv" else (last,):
         yield f"{stem}.{part}.weight" if stem else f"{part}.weight"
-
-
-def _equal(source: InFile, weight: torch.Tensor) -> bool:
-    try:
-        stored = source.read()
-    except OSError:
-        return False
-    return stored.shape == weight.shape and torch.equal(stored, weight.detach().cpu())
 
 
 def free_memory() -> int | None:

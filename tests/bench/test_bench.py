@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import math
 import sys
@@ -109,7 +110,7 @@ def test_every_rung_is_timed_against_stock(climbed):
         assert rung["errors"]["step"] < 1e-4
         assert rung["memory"]["weights"] > 0
     assert results["settings"]["model"] == "embedded"
-    assert results["machine"]["versions"]["torch"] == torch.__version__
+    assert results["machine"]["versions"]["torch"] == importlib.metadata.version("torch")
 
 
 def test_a_preset_that_does_the_same_is_not_run_twice(climbed):

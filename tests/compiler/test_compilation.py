@@ -101,7 +101,10 @@ def test_generated_code_serves_other_calls_and_says_nothing(stock, assert_close,
     fast = load_fast(COMPILED)
     capfd.readouterr()
     fast.warmup(sizes=[(64, 64)], **EVERY_CALL)
-    assert capfd.readouterr() == ("", "")
+    out, err = capfd.readouterr()
+    # PyTorch's own word, of a build for CUDA where there is nvcc and no GPU.
+    said = [line for line in err.splitlines() if "No CUDA runtime is found" not in line]
+    assert (out, said) == ("", [])
     made = graphs()
     assert made < len(repeated_blocks(fast.unet)) + len(repeated_blocks(fast.vae))
     calls = (

@@ -2,6 +2,7 @@
 
 import argparse
 import builtins
+import importlib.metadata
 import json
 import random
 from pathlib import Path
@@ -296,7 +297,7 @@ def test_results_are_written_and_added_to(tmp_path, monkeypatch, capsys):
     evaluate.main()
     result = json.loads((tmp_path / "r.json").read_text())
     assert [row["variant"] for row in result["rows"]] == ["stock", "off"]
-    assert result["versions"]["torch"] == torch.__version__
+    assert result["versions"]["torch"] == importlib.metadata.version("torch")
     assert result["rows"][1]["identical_pictures"] == 1.0
     assert result["rows"][1]["psnr_vs_stock_db"] is None and result["rows"][1]["ssim_vs_stock"] == 1.0
     assert Image.open(tmp_path / "g.png").width == 8 * 136

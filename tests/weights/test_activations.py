@@ -9,6 +9,7 @@ import torch
 
 from fastdiff.weights import activations
 from fastdiff.weights.activations import load_kernels, quantize, quantize_padded
+from fastdiff.weights.int8 import _quantize_rows
 
 PASSES = [
     pytest.param("compiled", marks=pytest.mark.skipif(load_kernels() is None, reason="needs a C++ compiler")),
@@ -63,3 +64,25 @@ def test_zeros_have_a_scale_and_what_is_not_finite_has_none(each_pass):
         x = torch.ones(40_000)
         x[39_999] = bad
         assert not math.isfinite(quantize(x).scale)
+
+
+@pytest.mark.skipif(load_kernels() is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(3, 5), (70, 1001), (6, 40, 3, 3)])
+def test_compiled_code_makes_the_same_weights_as_the_operators(dtype, shape, monkeypatch):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[1] = 0
+    formats = [torch.contiguous_format, *([torch.channels_last] if len(shape) == 4 else [])]
+    found = [_quantize_rows(weight.to(memory_format=each)) for each in formats]
+    monkeypatch.setattr(activations, "load_kernels", lambda: None)
+    expected, scales = _quantize_rows(weight)
+    assert expected.abs().max() == 127
+    for values, each in found:
+        assert torch.equal(values, expected) and torch.equal(each, scales)
+
+
+def test_what_is_not_finite_in_a_weight_stays_so(each_pass):
+    for bad in (math.nan, math.inf, -math.inf):
+        weight = torch.ones(4, 40)
+        weight[2, 7] = bad
+        assert [math.isfinite(scale) for scale in _quantize_rows(weight)[1]] == [True, True, False, True]
