@@ -109,6 +109,10 @@ class Form(nn.Module):
         """
         self._become_plain(self._plain_weight())
 
+    def _show_weight(self) -> None:
+        """Turn into a plain layer for somebody who asked for the weight."""
+        self.give_up()
+
     def _become_plain(self, weight: torch.Tensor) -> None:
         bias = self._parameters.get("bias")
         self._parameters = {"weight": nn.Parameter(weight, requires_grad=self.kind.requires_grad), "bias": bias}
@@ -125,7 +129,7 @@ class Form(nn.Module):
             """The plain weight. Asking for it ends the form: it may be about to be edited."""
             if is_attaching():
                 return nn.Parameter(self.stand_in(), requires_grad=False)
-            self.give_up()
+            self._show_weight()
             return self.weight
 
     def stand_in(self) -> torch.Tensor:

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from diffusers.models.attention import FeedForward
 from torch import nn
 
-from ..models.form import Form, Kind
+from ..models.form import Form, Kind, Source
 from .activations import quantize, quantize_padded, quantize_rows
+from .kept import give_up_and_keep, take_again
 
 # Numbers of a weight that are quantized at a time: bounds the float32 copy.
 _CHUNK = 1 << 20
@@ -35,6 +36,15 @@ class Int8(Form):
     _extras: tuple[str, ...] = ("weight_scale",)
     weight_scale: torch.Tensor
     bias: Any
+
+    @classmethod
+    def make(cls, layer: nn.Module, source: Source | None = None) -> None:
+        """As `Form.make`; a form that was kept is taken again."""
+        if not take_again(layer, cls, source):
+            super().make(layer, source)
+
+    def _show_weight(self) -> None:
+        give_up_and_keep(self)
 
     @classmethod
     def _hold(cls, layer: Any, weight: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -79,7 +79,7 @@ class InFile:
         numbers, start = part.reshape(-1), 0
         for stored in self.file.pieces(name):
             end = start + len(stored)
-            if not torch.equal(stored.to(self.dtype), numbers[start:end]):
+            if not _same_bits(stored.to(self.dtype), numbers[start:end]):
                 return False
             start = end
         return True
@@ -110,6 +110,15 @@ class WeightsFile:
 
     def __contains__(self, name: str) -> bool:
         return self._stored(name) in self._header
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, WeightsFile) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self.path)
+
+    def _identity(self) -> tuple:
+        return self.path, self._stat, self._renamed
 
     def _stored(self, name: str) -> str:
         return name if self._renamed is None else self._renamed.get(name, "")
@@ -239,6 +248,13 @@ def _stock_names(layer: str) -> Iterator[str]:
     stem, _, last = layer.rpartition(".")
     for part in _PARTS if last == "to_qkv" else (last,):
         yield f"{stem}.{part}.weight" if stem else f"{part}.weight"
+
+
+def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    # As the widest integers that they fill, of which there are fewer to compare.
+    fill = all(x.nbytes % 8 == 0 and x.storage_offset() * x.itemsize % 8 == 0 for x in (first, second))
+    wide = torch.int64 if fill else torch.uint8
+    return torch.equal(first.view(wide), second.view(wide))
 
 
 def free_memory() -> int | None:

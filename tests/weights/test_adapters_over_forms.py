@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from test_quantization import make_wide_unet
 
 from fastdiff import FastConfig, FastStableDiffusionXLPipeline
 from fastdiff.models.form import count_forms
+from fastdiff.weights import int8
 from fastdiff.weights.int8 import Int8
 from fastdiff.weights.torchao_form import TorchaoLinear
 
@@ -209,6 +211,51 @@ def test_what_is_saved_is_stocks(scheme, folder, tmp_path, float8_anywhere):
     assert count_quantized(fast.unet), "saving leaves the forms"
     image = StableDiffusionXLImg2ImgPipeline.from_pipe(again)
     assert image.unet is again.unet
+
+
+@pytest.fixture
+def quantized(monkeypatch):
+    """How many weights were quantized."""
+    seen, original = [], int8._quantize_rows
+    monkeypatch.setattr(int8, "_quantize_rows", lambda weight: seen.append(weight.shape) or original(weight))
+    return seen
+
+
+def _ask(unet) -> list[torch.nn.Parameter]:
+    """Ask every int8 layer for its weight."""
+    return [module.weight for module in unet.modules() if isinstance(module, Int8)]
+
+
+def test_who_only_looks_has_nothing_quantized_anew(folder, quantized):
+    _, fast = load(folder, "int8-dynamic")
+    before = draw(fast)
+    layers = count_quantized(fast.unet)
+    assert len(quantized) >= layers > 10
+    quantized.clear()
+    for _ in range(2):
+        _ask(fast.unet)
+        assert not count_quantized(fast.unet)
+        assert torch.equal(draw(fast), before) and not quantized and count_quantized(fast.unet) == layers
+    weights = _ask(fast.unet)
+    weights[3].data.mul_(1.5)  # leaves no trace but the numbers
+    edited = draw(fast)
+    assert len(quantized) == 1 and not torch.equal(edited, before)
+    _ask(fast.unet)
+    assert torch.equal(draw(fast), edited) and len(quantized) == 2, "what no file holds is made anew"
+
+
+def test_forms_are_kept_for_nobody_else(folder, quantized, monkeypatch):
+    _, fast = load(folder, "int8-dynamic")
+    before = draw(fast)
+    layers = count_quantized(fast.unet)
+    weights = _ask(fast.unet)
+    assert all(weight.kept_form is not None for weight in weights)
+    assert all(pickle.loads(pickle.dumps(weight)).kept_form is None for weight in weights)
+    quantized.clear()
+    fast.unet = copy.deepcopy(fast.unet)
+    assert torch.equal(draw(fast), before) and len(quantized) == layers
+    monkeypatch.setattr("fastdiff.weights.kept.free_memory", lambda: 1 << 30)
+    assert all(weight.kept_form is None for weight in _ask(fast.unet)), "where memory is short"
 
 
 @pytest.mark.parametrize("fault", ["deleted", "truncated", "overwritten"])
