@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import warnings
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
-from torch._subclasses.fake_tensor import FakeTensorMode
+from diffusers import UNet2DConditionModel
+from support.embedded import draw, load_stock
+from support.fake_cuda import CUDA, FakeCuda, why_no_fake_cuda
 
 import fastdiff.plan
-from fastdiff import FastConfig, OptimizationWarning
+from fastdiff import FastConfig, FastStableDiffusionXLPipeline, OptimizationWarning
 from fastdiff.compiler.norms import ChannelsLastNorms
 from fastdiff.graphs.recording import Recording
-from fastdiff.models import FastAutoencoderKL, FastUNet2DConditionModel
-from fastdiff.plan import Plan
-from fastdiff.schedulers import fast_scheduler
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
-
-CUDA = torch.device("cuda", 0)
 
 
 class FakeRecorder:
@@ -77,12 +74,10 @@ class Traced:
 
 @pytest.fixture
 def hopper(monkeypatch):
+    if (why := why_no_fake_cuda()) is not None:
+        pytest.skip(why)
     monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda granularity: None)
     monkeypatch.setattr("torchao.quantization.quant_api.is_sm_at_least_89", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    # What convolutions of NHWC give on a GPU; without one they do not tell.
-    monkeypatch.setattr(torch._C, "_conv_determine_backend_memory_format", lambda x, w, b: torch.channels_last)
     monkeypatch.setattr(fastdiff.plan, "why_no_kernels", lambda device, dtype: None)
     monkeypatch.setattr("fastdiff.compiler.compilation._MIN_PARAMETERS", 0)
     recorders = []
@@ -94,56 +89,39 @@ def hopper(monkeypatch):
     monkeypatch.setattr(fastdiff.plan, "CudaRecorder", recorder)
     traced = Traced()
     monkeypatch.setattr(torch, "compile", traced)
-    return traced, recorders
-
-
-def models():
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            block_out_channels=(64, 512), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), layers_per_block=1, attention_head_dim=(1, 8),
-            cross_attention_dim=192, use_linear_projection=True, addition_embed_type="text_time",
-            addition_time_embed_dim=32, projection_class_embeddings_input_dim=320,
-        )  # fmt: skip
-        vae = AutoencoderKL(
-            block_out_channels=(32, 64), latent_channels=4, force_upcast=False,
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        )  # fmt: skip
-    return [m.bfloat16().eval().requires_grad_(False).to(memory_format=torch.channels_last) for m in (unet, vae)]
-
-
-@pytest.mark.skip(reason="torchao's float8 makes tensors on the device itself, which fake ones cannot stand in for yet")
-def test_default_plan_on_a_hopper_gpu(hopper):
-    traced, recorders = hopper
-    stock = models()
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), warnings.catch_warnings():
+    with FakeCuda(), warnings.catch_warnings():
         warnings.simplefilter("error", OptimizationWarning)
-        unet, vae = (model.to_empty(device=CUDA) for model in stock)
-        unet, vae = FastUNet2DConditionModel.from_stock(unet), FastAutoencoderKL.from_stock(vae)
-        for model in (unet, vae):
-            # It is in NHWC already, and fake tensors cannot be converted in place.
-            model.to = lambda *args, **kwargs: None
-        plan = Plan(FastConfig(), unet, vae, fast_scheduler(EulerDiscreteScheduler()), device=CUDA)
-        steps = {step.name: step for step in plan.apply()}
-        on = {name for name, step in steps.items() if step.applied}
-        assert on == {"convert", "host schedule", "channels_last", "fuse_qkv", "context_cache", "quantize", "compile",
-                      "cuda_graphs"}, steps  # fmt: skip
-        assert steps["quantize"].reason.startswith("fp8-dynamic")
+        yield traced, recorders
 
-        def empty(*shape: int) -> torch.Tensor:
-            return torch.empty(*shape, device=CUDA, dtype=torch.bfloat16)
 
-        contexts = [empty(2, 77, 192) for _ in range(3)]
-        for size in (16, 16, 24):
-            for context in contexts:
-                added = {"text_embeds": empty(2, 128), "time_ids": empty(2, 6)}
-                noise = unet(empty(2, 4, size, size), torch.tensor(500.0), context, added_cond_kwargs=added)[0]
-                assert noise.shape == (2, 4, size, size) and noise.device == CUDA
-            assert vae.decode(empty(1, 4, size, size))[0].shape == (1, 3, 2 * size, 2 * size)
+def pipeline(dtype: torch.dtype = torch.bfloat16, fast: FastConfig | None = None, **vae) -> Any:
+    """A pipeline on the GPU whose UNet has layers that are large enough for float8."""
+    stock = load_stock()
+    config = {**stock.unet.config, "_name_or_path": "", "block_out_channels": (64, 512), "layers_per_block": 1,
+              "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "transformer_layers_per_block": (1, 3),
+              "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": (1, 8)}  # fmt: skip
+    unet = UNet2DConditionModel.from_config(config).eval().requires_grad_(False)
+    stock.vae.register_to_config(**vae)
+    models = {**stock.components, "unet": unet}
+    pipe = FastStableDiffusionXLPipeline(**models, fast=fast).to(dtype).to("cuda")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
+
+def test_default_plan_and_pictures_on_a_hopper_gpu(hopper):
+    traced, recorders = hopper
+    pipe = pipeline()
+    steps = {step.name: step for step in pipe.plan}
+    on = {name for name, step in steps.items() if step.applied}
+    assert on == {"convert", "host schedule", "channels_last", "fuse_qkv", "context_cache", "quantize", "compile",
+                  "cuda_graphs"}, pipe.explain()  # fmt: skip
+    assert steps["quantize"].reason.startswith("fp8-dynamic")
+    for call in ({}, {"negative_prompt": "a green star"}, {"prompt": "another"}, {"height": 96}):
+        picture = draw(pipe, output_type="pt", **call)
+        assert picture.shape == (1, 3, call.get("height", 64), 64) and picture.device == CUDA
     (recorder,) = recorders
-    # Two sizes of the UNet and of the VAE; three prompts in flight share a graph.
-    assert recorder.recorded == 4 and recorder.replayed == 8
+    # Two sizes of the UNet and of the VAE; three prompts share a graph. The first call of a graph is no replay.
+    assert recorder.recorded == 4 and recorder.replayed == 4 * (3 + 1) - 4
     assert not any(name.startswith("coordinate_descent") for _, options, _ in traced.regions for name in options)
     assert all(options["force_layout_optimization"] for _, options, _ in traced.regions)
     assert all(isinstance(options["pre_grad_custom_pass"], ChannelsLastNorms) for _, options, _ in traced.regions)
