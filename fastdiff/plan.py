@@ -265,10 +265,12 @@ class Plan(WeightSteps):
             return PlanStep(name, False, reason)
         if not models:
             return PlanStep(name, False, "compiled by you, with graphs of its own if you asked for them")
+        left = ""
         if self.vae in models and self.vae.dtype == torch.float16 and getattr(self.vae.config, "force_upcast", False):
-            models.remove(self.vae)  # cast to float32 and back in each call: its weights have no lasting address
+            models.remove(self.vae)
+            left = "; not the VAE, which force_upcast casts to float32 and back in each call: its weights move"
         count = apply_graphs(models, GraphPool(CudaRecorder(self.unet.device)), ContextKV)
-        return PlanStep(name, True, f"{count} regions, one graph for each shape, recorded at its first call")
+        return PlanStep(name, True, f"{count} regions, one graph for each shape, recorded at its first call{left}")
 
 
 def _is_fast(scheduler) -> bool:

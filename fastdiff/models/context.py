@@ -139,11 +139,12 @@ class ContextCache:
         return all(map(_is_plain, self.layers)) and all(map(_takes_keys, self.blocks))
 
     def _find(self, context: torch.Tensor) -> _Entry:
+        signature = _signature(context, self.layers[0])
         for key, entry in self._entries.items():
-            if entry.context is not None and entry.context() is context:
+            # Also the same context on another stream, or cast otherwise, has keys and values of its own.
+            if entry.context is not None and entry.context() is context and entry.signature == signature:
                 self._entries.move_to_end(key)
                 return entry
-        signature = _signature(context, self.layers[0])
         for entry in self._entries.values():
             if entry.signature == signature and entry.is_idle:
                 break

@@ -80,7 +80,17 @@ def choose_quantization(
                 "quantization='int8-dynamic' on CPU computes in oneDNN, whose packed weights the compiler does not "
                 "take; use compile='auto' or 'off' with it and no unet.compile(), or quantization='none'."
             )
-    return QuantizationChoice(requested, "asked for by FastConfig.quantization")
+    reason = "asked for by FastConfig.quantization"
+    if requested == "fp8-dynamic" and (why := why_no_fast_sums()) is not None:
+        reason += f"; summed slowly, as {why}"
+    return QuantizationChoice(requested, reason)
+
+
+def why_no_fast_sums() -> str | None:
+    """Why float8 products with a scale for each row must not sum in fewer bits, as is fastest, or None."""
+    if not (torch.version.cuda or "").startswith("12.9"):
+        return None
+    return "its fast products by rows can fail in CUDA 12.9 (torchao issue 4582); builds for 12.6 and 13.0 are fine"
 
 
 def check_int8_units() -> None:
@@ -104,6 +114,8 @@ def _choose(device: torch.device, dtype: torch.dtype, is_compiled: bool) -> Quan
         return QuantizationChoice(None, "nothing is compiled, and quantizing inputs unfused costs more than is saved")
     if (why := _why_not(dtype)) is not None:
         return QuantizationChoice(None, why)
+    if capability >= (8, 9) and (why := why_no_fast_sums()) is not None:
+        return QuantizationChoice(None, f"no float8: {why}; ask for fp8-dynamic by name, which then sums slowly")
     if capability >= (8, 9):
         return QuantizationChoice("fp8-dynamic", f"float8 matrix units (capability {_dotted(capability)})")
     if capability >= (8, 0):
@@ -132,7 +144,10 @@ def _choose_on_cpu(dtype: torch.dtype, parameters: int, is_compiled: bool, is_sh
 
 
 def _why_not(dtype: torch.dtype) -> str | None:
-    return None if dtype == torch.bfloat16 else f"weights are {dtype}; quantization needs bfloat16"
+    if dtype == torch.bfloat16:
+        return None
+    # By rows torchao's float8 products give bfloat16 and nothing else.
+    return f"weights are {dtype}; quantization needs bfloat16: load with torch_dtype=torch.bfloat16"
 
 
 def _capability(device: torch.device) -> tuple[int, int] | None:

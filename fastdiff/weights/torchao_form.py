@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchao.float8.inference import Float8MMConfig
 from torchao.quantization import (
     Float8DynamicActivationFloat8WeightConfig,
     Float8WeightOnlyConfig,
@@ -17,6 +18,7 @@ from torchao.quantization import (
 )
 
 from ..models.form import Form, Kind, Source
+from .schemes import why_no_fast_sums
 
 # The largest value of a row is taken for at least this much.
 _TINY = 1e-6
@@ -89,7 +91,10 @@ def torchao_config(scheme: str):
     if scheme == "fp8-dynamic":
         # Without a floor the scale of a row of zeros is 0, and the row becomes NaN.
         return Float8DynamicActivationFloat8WeightConfig(
-            granularity=PerRow(), activation_value_lb=_TINY, set_inductor_config=False
+            granularity=PerRow(),
+            activation_value_lb=_TINY,
+            mm_config=Float8MMConfig(use_fast_accum=why_no_fast_sums() is None),
+            set_inductor_config=False,
         )
     if scheme == "fp8-weight-only":
         return Float8WeightOnlyConfig(set_inductor_config=False)

@@ -606,7 +606,7 @@ def test_plan_with_a_device(on_tape, recorder):
     assert capture(offloaded) == "off: sequential offload moves the weights that graphs refer to"
     upcast = load_fast("exact")
     upcast.vae.to(torch.float16).register_to_config(force_upcast=True)
-    assert capture(upcast).startswith("on: 1 regions")
+    assert capture(upcast).startswith("on: 1 regions") and "not the VAE, which force_upcast casts" in capture(upcast)
 
 
 def test_pipeline_without_graphs_over_the_same_unet(pipe, recorder):

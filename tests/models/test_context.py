@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.embedded import draw, load_fast, load_stock
+from support.fake_cuda import FakeCuda, why_no_fake_cuda
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdiff import FastConfig, FastUNet2DConditionModel
@@ -227,3 +229,35 @@ def test_free_caches_and_switch():
     fast = load_fast(FastConfig.preset("exact", context_cache=False))
     draw(fast)
     assert fast.unet.context_cache.nbytes == 0
+
+
+@pytest.mark.parametrize("cached_first", [True, False])
+def test_a_context_that_is_cast_otherwise_is_projected_anew(pair, cached_first):
+    fast, inputs = pair[0], unet_inputs(pair[1])
+    with torch.no_grad():
+        if cached_first:
+            fast(**inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            result = fast(**inputs)[0]
+        fast.free_caches()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(result, fast(**inputs)[0])
+
+
+def test_each_stream_has_keys_and_values_of_its_own(exact, monkeypatch):
+    """Threads may have a stream each, and share a context: what one of them is still writing, no other may read."""
+    if (why := why_no_fake_cuda()) is not None:
+        pytest.skip(why)
+    streams = [SimpleNamespace(cuda_stream=1), SimpleNamespace(cuda_stream=2)]
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    with FakeCuda():
+        unet = FastUNet2DConditionModel.from_config(exact.unet.config).to("cuda")
+        cache, context = unet.context_cache, torch.ones(2, 77, unet.config.cross_attention_dim, device="cuda")
+        seen = []
+        with torch.no_grad():
+            for stream in (*streams, *streams):
+                current.append(stream)
+                seen.append(cache.project(context)[0].key)
+    assert seen[0] is seen[2] and seen[1] is seen[3] and seen[0] is not seen[1]

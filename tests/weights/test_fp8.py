@@ -56,3 +56,25 @@ def test_float8_is_chosen_where_its_quantizing_is_compiled(monkeypatch, is_compi
     # Whoever asks for it gets it.
     asked = choose_quantization("fp8-dynamic", *kind, parameters=2_600_000_000, is_compiled=is_compiled)
     assert asked.scheme == "fp8-dynamic"
+
+
+@pytest.mark.parametrize(("cuda", "defect"), [("12.6", False), ("12.9", True), ("13.0", False), (None, False)])
+def test_cuda_with_a_defect_is_named_and_gone_around(monkeypatch, float8_anywhere, cuda, defect):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    kind = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "parameters": 2_600_000_000, "is_compiled": True}
+    choice, asked = (choose_quantization(requested, **kind) for requested in ("auto", "fp8-dynamic"))
+    assert (choice.scheme is None) == defect == ("CUDA 12.9" in choice.reason) == ("CUDA 12.9" in asked.reason)
+    assert asked.scheme == "fp8-dynamic"
+    layer = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
+    quantize_(layer, torchao_config("fp8-dynamic"))
+    assert layer.weight.mm_config.use_fast_accum == (not defect)
+
+
+def test_float16_is_told_what_it_lacks(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    kind = {"device": torch.device("cuda"), "dtype": torch.float16, "parameters": 2_600_000_000, "is_compiled": True}
+    choice = choose_quantization("auto", **kind)
+    assert choice.scheme is None and "torch.float16; quantization needs bfloat16" in choice.reason
+    with pytest.raises(ValueError, match="load with torch_dtype=torch.bfloat16"):
+        choose_quantization("fp8-dynamic", **kind)
