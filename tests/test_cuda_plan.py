@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from support.embedded import draw, load_stock
 from support.fake_cuda import CUDA, FakeCuda, why_no_fake_cuda
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import fastdiff.plan
 from fastdiff import FastConfig, FastStableDiffusionXLPipeline, OptimizationWarning
+from fastdiff.compiler import artifact_key
 from fastdiff.compiler.norms import ChannelsLastNorms
 from fastdiff.graphs.recording import Recording
 
@@ -128,6 +130,37 @@ def test_default_plan_and_pictures_on_a_hopper_gpu(hopper):
     calls = traced.calls()
     assert calls.count("fastdiff.channels_last_group_norm.default") > 10
     assert not any("function group_norm" in call for call in calls)
+
+    regions = len(traced.regions)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    draw(pipe, output_type="pt")
+    assert "DDIM" in pipe.explain() and "on   quantize" in pipe.explain()
+    assert recorders == [recorder] and recorder.recorded == 4 and len(traced.regions) == regions, "nothing is made anew"
+    other = torch.device("cuda", 0), "regional", pipe.plan
+    assert artifact_key(pipe.unet, pipe.vae, *other)["device"] == "cuda, NVIDIA H100 9.0"
+
+
+def test_float16_on_a_hopper_gpu(hopper):
+    _, recorders = hopper
+    explained = pipeline(torch.float16).explain()
+    assert "off  quantize" in explained and "weights are torch.float16; quantization needs bfloat16" in explained
+    # Uncompiled, as what is compiled cannot be cast while its tensors are fake.
+    pipe = pipeline(torch.float16, FastConfig(compile="off"), force_upcast=True)
+    steps = {step.name: step for step in pipe.plan}
+    assert steps["cuda_graphs"].applied and "not the VAE, which force_upcast casts" in steps["cuda_graphs"].reason
+    for _ in range(2):
+        assert draw(pipe, output_type="pt").shape == (1, 3, 64, 64)
+        assert pipe.vae.dtype == torch.float16
+    # The UNet's steps alone, and nothing is made anew although the VAE is cast to and fro.
+    assert [(each.recorded, each.replayed) for each in recorders] == [(0, 0), (1, 5)]
+
+
+def test_loop_never_looks_at_the_device(hopper):
+    """Any number that the host wants of the device is an error on fake tensors; a timestep on the device is one."""
+    pipe = pipeline(fast=FastConfig.preset("exact", compile="off"))
+    draw(pipe, output_type="pt")
+    with pytest.raises(DataDependentOutputException):
+        torch.ones(1, device=CUDA).item()
 
 
 def test_pass_takes_silu_in_only_where_nothing_else_reads_it():

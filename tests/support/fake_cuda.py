@@ -72,8 +72,9 @@ class FakeCuda(TorchDispatchMode):
         return True
 
     def __enter__(self):
-        answers = {"is_available": True, "get_device_capability": self._capability, "_lazy_init": None, "current_device": 0,
-                   "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None}  # fmt: skip
+        answers = {"is_available": True, "get_device_name": "NVIDIA H100", "get_device_capability": self._capability,
+                   "_lazy_init": None, "current_device": 0, "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+                   "set_rng_state": None}  # fmt: skip
         for name, value in answers.items():
             self._stack.enter_context(patch.object(torch.cuda, name, lambda *_, value=value: value))
         # What convolutions of NHWC give on a GPU; without one they do not tell.
