@@ -7,7 +7,6 @@ CUDA, the pass that puts in our GroupNorm, the graphs' bookkeeping. What is not:
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,40 +15,16 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from support.embedded import draw, load_stock
 from support.fake_cuda import CUDA, FakeCuda, why_no_fake_cuda
+from support.tape_recorder import RunningRecorder
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import fastdiff.plan
 from fastdiff import FastConfig, FastStableDiffusionXLPipeline, OptimizationWarning
 from fastdiff.compiler import artifact_key
 from fastdiff.compiler.norms import ChannelsLastNorms
-from fastdiff.graphs.recording import Recording
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
-
-
-class FakeRecorder:
-    """Runs what it is to record, and hands the same results out again."""
-
-    def __init__(self, device):
-        self.device, self.max_bytes, self.recorded, self.replayed = CUDA, 2**40, 0, 0
-
-    def warm_up(self, function):
-        return function()
-
-    def record(self, function):
-        self.recorded += 1
-        outputs = function()
-
-        def replay() -> None:
-            self.replayed += 1
-
-        return Recording(replay, outputs, 2**20)
-
-    def forget(self) -> None:
-        pass
-
-    def exclusive(self):
-        return nullcontext()
 
 
 class Traced:
@@ -84,8 +59,8 @@ def hopper(monkeypatch):
     monkeypatch.setattr("fastdiff.compiler.compilation._MIN_PARAMETERS", 0)
     recorders = []
 
-    def recorder(device) -> FakeRecorder:
-        recorders.append(FakeRecorder(device))
+    def recorder(device) -> RunningRecorder:
+        recorders.append(RunningRecorder(device))
         return recorders[-1]
 
     monkeypatch.setattr(fastdiff.plan, "CudaRecorder", recorder)
@@ -188,6 +163,20 @@ def test_pass_takes_silu_in_only_where_nothing_else_reads_it():
         graphs.append(None)
     assert "fastdiff.channels_last_group_norm.default" in graphs[0] and any("silu" in call for call in graphs[0])
     assert "fastdiff.channels_last_group_norm.default" in graphs[2] and not any("silu" in call for call in graphs[2])
+
+
+def test_code_made_with_our_pass_is_kept(tmp_path, monkeypatch):
+    """What the pass puts in is known to the caches of the compiler, which the next process and `save_compiled` use."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    x = torch.randn(2, 64, 6, 5).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.compiler.reset()
+            function = torch.compile(lambda x: F.silu(F.group_norm(x, 8)) + 1, dynamic=True,
+                                     options={"pre_grad_custom_pass": ChannelsLastNorms()})  # fmt: skip
+            torch.testing.assert_close(function(x), F.silu(F.group_norm(x, 8)) + 1)
+    counts = {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("miss", "hit", "bypass")}
+    assert counts == {"miss": 1, "hit": 1, "bypass": 0}
 
 
 def test_pictures_in_nchw_keep_the_ordinary_norm():

@@ -81,8 +81,8 @@ def choose_quantization(
                 "take; use compile='auto' or 'off' with it and no unet.compile(), or quantization='none'."
             )
     reason = "asked for by FastConfig.quantization"
-    if requested == "fp8-dynamic" and (why := why_no_fast_sums()) is not None:
-        reason += f"; summed slowly, as {why}"
+    if requested == "fp8-dynamic" and (slowly := why_no_fast_sums()) is not None:
+        reason += f"; summed slowly, as {slowly}"
     return QuantizationChoice(requested, reason)
 
 
@@ -114,8 +114,8 @@ def _choose(device: torch.device, dtype: torch.dtype, is_compiled: bool) -> Quan
         return QuantizationChoice(None, "nothing is compiled, and quantizing inputs unfused costs more than is saved")
     if (why := _why_not(dtype)) is not None:
         return QuantizationChoice(None, why)
-    if capability >= (8, 9) and (why := why_no_fast_sums()) is not None:
-        return QuantizationChoice(None, f"no float8: {why}; ask for fp8-dynamic by name, which then sums slowly")
+    if capability >= (8, 9) and (slowly := why_no_fast_sums()) is not None:
+        return QuantizationChoice(None, f"no float8: {slowly}; ask for fp8-dynamic by name, which then sums slowly")
     if capability >= (8, 9):
         return QuantizationChoice("fp8-dynamic", f"float8 matrix units (capability {_dotted(capability)})")
     if capability >= (8, 0):

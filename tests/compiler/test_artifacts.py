@@ -30,8 +30,13 @@ from test_artifacts import COMPILED, fewer_regions
 from torch._dynamo.utils import counters
 import torch
 
-action, path, latents = sys.argv[1:]
+action, path, latents, *recorded = sys.argv[1:]
 warnings.simplefilter("error", RuntimeWarning)
+if recorded:
+    import fastdiff.plan
+    from support.tape_recorder import RunningRecorder
+    fastdiff.plan.CudaRecorder = lambda device: RunningRecorder()
+    fastdiff.plan.why_no_graphs = lambda requested, device: None
 pipe = fewer_regions(load_fast(COMPILED, compiled=path if action == "load" else None))
 if action == "save":
     pipe.warmup(sizes=[(64, 64)])
@@ -42,6 +47,8 @@ torch.save(draw(pipe), latents)
 if action == "save":
     assert counters["stats"]["unique_graphs"] == graphs + saving, "saving takes compiled code away"
 caches = {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss", "bypass")}
+if recorded:
+    assert "CUDA graphs" in pipe.explain()
 print(json.dumps({**caches, "traced": counters["stats"]["unique_graphs"]}))
 """
 
@@ -124,6 +131,16 @@ def test_without_traces_the_next_process_compiles_nothing(saved, tmp_path):
     assert counts["traced"] == counts["hit"] > 0 and counts["miss"] == 0 and counts["bypass"] == 0
     assert libraries(tmp_path / "inductor") == set(read_artifacts(path).parts) - {"torch"}
     assert torch.equal(torch.load(tmp_path / "latents.pt"), torch.load(saved.parent / "latents.pt"))
+
+
+def test_what_runs_in_graphs_is_saved_too(tmp_path):
+    """As on CUDA: regions are called, recorded, and saved without their traces."""
+    code, latents = tmp_path / "code", [tmp_path / "first.pt", tmp_path / "second.pt"]
+    made = run(tmp_path / "one", "save", code, latents[0], "recorded")
+    assert made["miss"] > 0 and made["bypass"] == 0 and "traces" not in read_artifacts(code).parts
+    loaded = run(tmp_path / "two", "load", code, latents[1], "recorded")
+    assert loaded == {"hit": made["traced"], "miss": 0, "bypass": 0, "traced": made["traced"]}
+    assert torch.equal(*map(torch.load, latents))
 
 
 def test_loaded_traces_notice_an_adapter(saved, inductor, tmp_path, stock, assert_close):

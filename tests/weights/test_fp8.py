@@ -1,4 +1,4 @@
-"""torchao's float8, which runs on a CPU once its check of the hardware is set aside."""
+"""torchao's products on GPUs, which run on a CPU once its check of the hardware is set aside."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import torch
 from support.embedded import draw, load_fast
 from torchao.quantization import quantize_
 
-from fastdiff.weights import apply_quantization, choose_quantization
+from fastdiff import FastConfig
+from fastdiff.models.form import count_forms
+from fastdiff.weights import apply_quantization, choose_quantization, schemes
 from fastdiff.weights.torchao_form import torchao_config
 
 
@@ -17,29 +19,32 @@ def float8_anywhere(monkeypatch):
 
 
 @pytest.fixture
-def pipe(float8_anywhere):
-    pipe = load_fast("exact").to(torch.bfloat16)
-    pipe.explain()
-    # The plan leaves layers as small as these alone.
-    assert apply_quantization(pipe.unet, "fp8-dynamic", min_weights=64 * 64).taken > 0
-    return pipe
+def pipe(float8_anywhere, monkeypatch):
+    """The plan's own: it is told that the CPU has float8 units, and takes layers as small as the embedded model's."""
+    monkeypatch.setattr(schemes, "_capability", lambda device: (9, 0))
+    monkeypatch.setitem(apply_quantization.__wrapped__.__kwdefaults__, "min_weights", 64 * 64)
+    return load_fast(FastConfig(quantization="fp8-dynamic")).to(torch.bfloat16)
 
 
 @pytest.mark.parametrize("call", [{}, {"negative_prompt": "a green star"}], ids=["alone", "negative prompt"])
-def test_picture_with_float8_layers(pipe, call):
+def test_picture_with_float8_layers(pipe, stock, call):
     """Without a negative prompt SDXL's context is zeros, and so are the rows that attention makes of it."""
     assert pipe.config.force_zeros_for_empty_prompt
     picture = draw(pipe, output_type="pt", **call)
-    expected = draw(load_fast("exact").to(torch.bfloat16), output_type="pt", **call)
+    assert count_forms(pipe.unet) > 50 and "on   quantize" in pipe.explain()
+    expected = draw(stock, output_type="pt", **call)
+    plain = draw(load_fast().to(torch.bfloat16), output_type="pt", **call)
     assert torch.isfinite(picture).all()
-    assert (picture - expected).abs().mean() < 0.1
+    error, rounding = ((drawn.float() - expected).abs().mean() for drawn in (picture, plain))
+    assert rounding < error < 0.02
 
 
-def test_rows_of_zeros_tiny_and_large_values(float8_anywhere):
+@pytest.mark.parametrize("scheme", ["fp8-dynamic", "int8-dynamic"])
+def test_rows_of_zeros_tiny_and_large_values(float8_anywhere, scheme):
     layer = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
     plain = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
     plain.load_state_dict(layer.state_dict())
-    quantize_(layer, torchao_config("fp8-dynamic"))
+    quantize_(layer, torchao_config(scheme))
     rows = torch.randn(4, 64, dtype=torch.bfloat16) * torch.tensor([[0.0], [1e-12], [1.0], [1e4]])
     result, expected = layer(rows.bfloat16()), plain(rows.bfloat16())
     assert torch.isfinite(result).all()
