@@ -340,10 +340,11 @@ def test_explain_tells_layers_bytes_and_reason(scheme):
 
 LOAD = """
 import sys, torch
-from fastdiff import FastStableDiffusionXLPipeline
+from fastdiff import FastConfig, FastStableDiffusionXLPipeline
 sys.path[:0] = ["tests", "tests/weights"]
 from support.embedded import draw
-pipe = FastStableDiffusionXLPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.bfloat16)
+fast = FastConfig(tuning="off")
+pipe = FastStableDiffusionXLPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.bfloat16, fast=fast)
 pipe.set_progress_bar_config(disable=True)
 assert pipe.unet.quantized.scheme == sys.argv[3], pipe.unet.quantized
 torch.save(draw(pipe), sys.argv[2])
@@ -402,7 +403,7 @@ def test_each_pipeline_over_one_unet_gets_the_form_that_it_asks_for(scheme):
     pipe = make_pipe(scheme)
     plain = {name: value.clone() for name, value in make_wide_unet(torch.bfloat16).state_dict().items()}
     before = draw(pipe)
-    exact = FastStableDiffusionXLPipeline.from_pipe(pipe, fast="exact")
+    exact = FastStableDiffusionXLPipeline.from_pipe(pipe, fast=FastConfig.preset("exact", tuning="off"))
     exact.set_progress_bar_config(disable=True)
     reference = draw(make_pipe("none", pack_weights=False))
     assert torch.equal(draw(exact), reference) and exact.unet.quantized is None
