@@ -26,7 +26,7 @@ from fastdiff.bench.table import UNITS, guidance, ratio  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-AMX, AVX512, GPU = "CPU with AMX", "CPU with AVX512, no AMX", "GPU"
+AMX, AVX512, AVX2, GPU = "CPU with AMX", "CPU with AVX512, no AMX", "CPU with AVX2", "GPU"
 NOT_YET = "not measured yet"
 SECTIONS: dict[str, Callable[[Path], str]] = {
     "ladder": sections.ladder,
@@ -95,7 +95,7 @@ def _result(path: Path) -> Result:
         return Result(path, data, chip, chip)
     if machine.get("amx_bf16"):
         return Result(path, data, chip, AMX)
-    return Result(path, data, chip, AVX512 if machine.get("capability", "AVX512") == "AVX512" else "CPU, older")
+    return Result(path, data, chip, AVX512 if machine.get("capability", "AVX512") == "AVX512" else AVX2)
 
 
 def summary(results: list[Result]) -> str:

@@ -20,8 +20,8 @@ PROMPTS = (
     "a large orange heart on a gray background",
 )
 _SEED, _STEPS = 11, 20
-# A copy of the weights for stock, one for fastdiff, and room to work.
-_FULL_SIZE_BYTES = 13 * 2**30
+# SDXL's UNet at full size, held once for stock and once for fastdiff, and room to work.
+_PARAMETERS, _ROOM = 2_567_463_684, 3 * 2**30
 
 
 def add_command(commands) -> None:
@@ -32,7 +32,7 @@ def add_command(commands) -> None:
         "-o", "--output", default=Path("demo.png"), type=picture_path, help="picture to write (demo.png)"
     )
     demo.add_argument("--device", type=device, help="cuda, cpu, ... (cuda if there is one)")
-    demo.add_argument("--no-full-size", action="store_true", help="leave out the step of full size, which needs 13 GiB")
+    demo.add_argument("--no-full-size", action="store_true", help="no step of full size, which needs 13 to 22 GiB")
     demo.set_defaults(run=_demo)
 
 
@@ -77,10 +77,11 @@ def _full_size_step(where) -> dict | None:
     from ..config import FastConfig
     from ..pipelines.checkpoints import loading_dtype
 
-    free = free_memory(where)
-    if free is not None and free < _FULL_SIZE_BYTES:
-        needed = f"{_FULL_SIZE_BYTES / 2**30:.0f} GiB"
-        print(f"2/2  left out: SDXL at full size needs {needed} of memory, and {free / 2**30:.1f} GiB are free")
+    dtype = loading_dtype(FastConfig.preset("balanced"))
+    free, needed = free_memory(where), 2 * _PARAMETERS * dtype.itemsize + _ROOM
+    if free is not None and free < needed:
+        sizes = f"{needed / 2**30:.0f} GiB of memory in {str(dtype).removeprefix('torch.')}"
+        print(f"2/2  left out: SDXL at full size needs {sizes}, and {free / 2**30:.1f} GiB are free")
         return None
     edge = 1024 if where.type == "cuda" else 256
     print(f"2/2  a step of SDXL's UNet at full size, random weights, {edge}x{edge}: stock and fast in turn", flush=True)
@@ -88,7 +89,7 @@ def _full_size_step(where) -> dict | None:
         model=SDXL_RANDOM,
         size=(edge, edge),
         measures=("step",),
-        dtype=loading_dtype(FastConfig.preset("balanced")),
+        dtype=dtype,
         device=str(where),
         rounds=3,
         seconds=60,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
-from fastdiff.cli.demo import PROMPTS
+from fastdiff.cli.demo import PROMPTS, _full_size_step
 from fastdiff.cli.poster import poster
 
 MACHINE = {"cpu": "some processor", "threads": 2, "versions": {"torch": "1", "diffusers": "2", "torchao": "3"}}
@@ -41,3 +43,24 @@ def test_without_times_there_are_pictures_alone():
 def test_no_gain_is_claimed_from_a_ratio_that_spreads_over_one():
     clear, unclear = (np.asarray(drawn(ratios)) for ratios in ([1.1, 1.2, 1.3], [0.9, 1.2, 1.3]))
     assert not np.array_equal(clear, unclear)
+
+
+class Timed(Exception):
+    """The step would be timed."""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_full_size_is_left_out_where_the_dtype_of_this_machine_does_not_fit(dtype, monkeypatch, capsys):
+    def run_ladder(settings, rungs):
+        assert settings.dtype == dtype
+        raise Timed
+
+    monkeypatch.setattr("fastdiff.pipelines.checkpoints.loading_dtype", lambda config: dtype)
+    monkeypatch.setattr("fastdiff.bench.timing.free_memory", lambda device: 14 * 2**30)
+    monkeypatch.setattr("fastdiff.bench.run.run_ladder", run_ladder)
+    if dtype == torch.bfloat16:
+        with pytest.raises(Timed):
+            _full_size_step(torch.device("cpu"))
+    else:
+        assert _full_size_step(torch.device("cpu")) is None
+        assert "needs 22 GiB of memory in float32, and 14.0 GiB are free" in capsys.readouterr().out
