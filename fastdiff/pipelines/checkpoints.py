@@ -12,6 +12,8 @@ from safetensors import safe_open
 from ..checkpoint import check_folder, check_kind, is_model_id
 from ..config import FastConfig
 
+# Instructions of x86 that multiply bfloat16, or give it to those that multiply float32.
+_BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16", "avx_ne_convert")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
 
 
@@ -57,8 +59,17 @@ def loading_dtype(config: FastConfig) -> torch.dtype:
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        native = _cpu_computes_bfloat16()
     return torch.bfloat16 if native else torch.float32
+
+
+def _cpu_computes_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16. oneDNN also takes it where AVX512 has to imitate it, which is slower
+    than float32."""
+    capabilities = torch.cpu.get_capabilities()
+    if capabilities.get("architecture") == "x86_64" and not any(map(capabilities.get, _BFLOAT16_UNITS)):
+        return False
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def check_single_file(path: str | os.PathLike) -> None:

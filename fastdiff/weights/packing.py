@@ -44,6 +44,8 @@ def choose_packing(
         return PackingChoice(False, "this build of PyTorch has no oneDNN")
     if model.dtype not in (torch.bfloat16, torch.float32):
         return PackingChoice(False, f"oneDNN packs bfloat16 and float32, and weights are {model.dtype}")
+    if model.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return PackingChoice(False, "oneDNN packs no bfloat16 on this processor, but float32")
     if is_compiled:
         return PackingChoice(False, "compiled regions take plain weights")
     if requested is True:

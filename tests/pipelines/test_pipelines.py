@@ -15,6 +15,7 @@ from support.embedded import draw, load_fast, load_stock, storage_bytes
 
 import fastdiff
 from fastdiff import FastConfig, FastStableDiffusionXLPipeline, FastUNet2DConditionModel
+from fastdiff.pipelines.checkpoints import loading_dtype
 
 SIZES = [(64, 64), (64, 96), (128, 72)]
 
@@ -102,6 +103,21 @@ def test_explicit_dtype_wins_over_the_preset():
     config = FastConfig.preset("exact", dtype=torch.bfloat16)
     fast = FastStableDiffusionXLPipeline.from_pretrained(fastdiff.EMBEDDED_CHECKPOINT, fast=config)
     assert fast.unet.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("units", "expected"),
+    [
+        ({"avx512_f", "avx512_bw", "avx512_vnni"}, torch.float32),  # Ice Lake: oneDNN imitates bfloat16
+        ({"avx512_f", "avx512_bw", "avx512_vnni", "avx512_bf16"}, torch.bfloat16),  # Zen 4
+        ({"avx_vnni", "avx_ne_convert"}, torch.bfloat16),  # Sierra Forest
+    ],
+)
+def test_weights_are_bfloat16_where_the_processor_multiplies_it(units, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", **dict.fromkeys(units, True)})
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert loading_dtype(FastConfig.preset("balanced")) == expected
 
 
 def test_each_switch_can_be_turned_off(stock, assert_close):

@@ -47,7 +47,7 @@ def test_bfloat16_is_as_near_to_float32_as_stock(stock):
     errors = []
     for pipe in (load_stock().to(torch.bfloat16), load_packed().to(torch.bfloat16)):
         errors.append(((draw(pipe).float() - reference).norm() / reference.norm()).item())
-    assert step(pipe).applied
+    assert step(pipe).applied == torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert errors[1] < 1.25 * errors[0] < 0.1
 
 
@@ -194,6 +194,15 @@ def test_small_and_shared_models_are_left_plain():
     assert choose().enabled
     assert not choose(is_compiled=True).enabled
     assert "cuda" in choose(device="cuda").reason
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bfloat16_is_left_plain_on_processors_for_which_onednn_has_none(dtype, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    unet = load_fast("exact").unet.to(dtype)
+    choice = choose_packing(True, unet, torch.device("cpu"), is_compiled=False, is_shared=False)
+    assert choice.enabled == (dtype == torch.float32)
+    assert choice.enabled or "packs no bfloat16 on this processor" in choice.reason
 
 
 def test_what_from_pretrained_loads_is_shared_with_nobody():
