@@ -19,7 +19,10 @@ from support.embedded import draw, load_fast, load_stock
 import fastdiff
 from fastdiff import FastAutoencoderKL, FastConfig, FastUNet2DConditionModel
 from fastdiff.models.form import count_forms
+from fastdiff.weights import schemes
 
+needs_int8 = pytest.mark.skipif(schemes._int8_units() is None, reason="needs AMX or VNNI")
+FORMS = [{}, {"pack_weights": True}, pytest.param({"quantization": "int8-dynamic"}, marks=needs_int8)]
 COMMUNITY = Path(os.environ.get("FASTDIFF_UPSTREAM", "")) / "examples" / "community"
 
 
@@ -117,7 +120,7 @@ def test_bitsandbytes(assert_close):
     assert "quantized by you" in pipe.explain()
 
 
-@pytest.mark.parametrize("forms", [{}, {"pack_weights": True}, {"quantization": "int8-dynamic"}], ids=str)
+@pytest.mark.parametrize("forms", FORMS, ids=str)
 def test_accelerate_hooks(forms, assert_close):
     accelerate = pytest.importorskip("accelerate")
     stock, fast = load_stock(), load_fast(FastConfig.preset("exact", tuning="off", **forms))

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from peft import LoKrConfig
 from support.embedded import draw, load_stock
 from support.loras import UNET_TARGETS, write_lora
-from test_quantization import make_wide_unet
+from test_quantization import SCHEMES as INT8_SCHEMES
+from test_quantization import UNITS, make_wide_unet, needs_int8
 
 from fastdiff import FastConfig, FastStableDiffusionXLPipeline
 from fastdiff.models.form import count_forms
@@ -25,7 +26,9 @@ from fastdiff.weights import int8
 from fastdiff.weights.int8 import Int8
 from fastdiff.weights.torchao_form import TorchaoLinear
 
-SCHEMES = ["int8-dynamic", "int8-weight-only", "fp8-dynamic"]
+SCHEMES = [*INT8_SCHEMES, "fp8-dynamic"]
+# Of a processor without units for int8 products, the one that there is.
+INT8 = "int8-dynamic" if UNITS else "int8-weight-only"
 # Beyond what quantization costs without an adapter; its rounding differs with every change of a weight.
 FACTOR, SLACK = 3.0, 0.01
 SEQUENCES = int(os.environ.get("FASTDIFF_FORM_SEQUENCES", "6"))
@@ -155,7 +158,7 @@ def test_an_adapter_counts(scheme, folder, float8_anywhere):
 
 
 def test_hotswap_touches_no_form(folder):
-    stock, fast = load(folder, "int8-dynamic")
+    stock, fast = load(folder, INT8)
     draw(fast)
     for pipe in (stock, fast):
         pipe.load_lora_weights(_file(folder, "one"), adapter_name="one")
@@ -182,7 +185,7 @@ def test_lokr_beside_fused_packed_projections(folder):
 
 
 def test_gradients_are_stocks(folder):
-    stock, fast = load(folder, "int8-dynamic")
+    stock, fast = load(folder, INT8)
     draw(fast)
     found = {}
     for pipe in (stock, fast):
@@ -226,6 +229,7 @@ def _ask(unet) -> list[torch.nn.Parameter]:
     return [module.weight for module in unet.modules() if isinstance(module, Int8)]
 
 
+@needs_int8
 def test_who_only_looks_has_nothing_quantized_anew(folder, quantized):
     _, fast = load(folder, "int8-dynamic")
     before = draw(fast)
@@ -244,6 +248,7 @@ def test_who_only_looks_has_nothing_quantized_anew(folder, quantized):
     assert torch.equal(draw(fast), edited) and len(quantized) == 2, "what no file holds is made anew"
 
 
+@needs_int8
 def test_forms_are_kept_for_nobody_else(folder, quantized, monkeypatch):
     _, fast = load(folder, "int8-dynamic")
     before = draw(fast)
@@ -261,7 +266,7 @@ def test_forms_are_kept_for_nobody_else(folder, quantized, monkeypatch):
 @pytest.mark.parametrize("fault", ["deleted", "truncated", "overwritten"])
 def test_a_checkpoint_that_changed_is_named_and_pictures_go_on(fault, folder, tmp_path):
     shutil.copytree(folder / "checkpoint", tmp_path / "checkpoint")
-    _, fast = load(tmp_path, "int8-dynamic")
+    _, fast = load(tmp_path, INT8)
     before = draw(fast)
     file = next((tmp_path / "checkpoint" / "unet").glob("*.safetensors"))
     if fault == "deleted":
@@ -271,7 +276,7 @@ def test_a_checkpoint_that_changed_is_named_and_pictures_go_on(fault, folder, tm
     else:
         file.write_bytes(bytes(reversed(file.read_bytes())))
     assert torch.equal(draw(fast), before)
-    layer = next(module for module in fast.unet.modules() if isinstance(module, Int8))
+    layer = next(module for module in fast.unet.modules() if isinstance(module, Int8 | TorchaoLinear))
     with pytest.raises(OSError, match="diffusion_pytorch_model.safetensors.*Pictures can still be drawn"):
         _ = layer.weight
     with pytest.raises(OSError, match="put the file back"):
