@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from ..models.form import Form
 # PyTorch's operators over packed weights are what its compiler emits for CPUs; they have no public eager name yet.
 _linear = torch.ops.mkldnn._linear_pointwise
 _convolution = torch.ops.mkldnn._convolution_pointwise
+# Where oneDNN's description of a tensor comes to its layout, after shape, dtype and four bytes of anything.
+_LAYOUT = 112
 
 
 class Packed(Form):
@@ -57,15 +60,12 @@ class PackedConv2d(Packed, nn.Conv2d):
     """`nn.Conv2d` over a packed weight; returns channels_last."""
 
     _plain = nn.Conv2d
+    _extras = ("fitting",)
+    packed_weight: Any
 
     @staticmethod
     def _pack_weight(layer: Any, weight: torch.Tensor) -> list[torch.Tensor]:
-        # The size of the picture does not change the layout.
-        return [
-            torch.ops.mkldnn._reorder_convolution_weight(
-                weight, layer.padding, layer.stride, layer.dilation, layer.groups, [2, layer.in_channels, 64, 64]
-            )
-        ]
+        return [_pack(weight, _geometry(layer), (2, layer.in_channels, 64, 64))]
 
     def _plain_weight(self) -> torch.Tensor:
         return super()._plain_weight().contiguous(memory_format=torch.channels_last)
@@ -74,9 +74,23 @@ class PackedConv2d(Packed, nn.Conv2d):
         """As `nn.Conv2d`."""
         if not self._can_compute(input) or input.ndim != 4:
             return self._as_plain(input)
+        if input.shape not in self.__dict__.setdefault("fitting", set()):
+            self._fit(input.shape)
         return _convolution(
             input, self.packed_weight, self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], ""
         )
+
+    def _fit(self, shape: torch.Size) -> None:
+        """Pack anew for inputs of this shape, if oneDNN wants another layout for it, as it may on AVX2.
+
+        Over the layout for other shapes it would lay out the weight in each call, which takes longer than the product.
+        """
+        geometry = _geometry(self)
+        if _wanted_layout(self.kind.shape, self.kind.dtype, geometry, shape) != _layout(self.packed_weight):
+            packed = _pack(self._plain_weight(), geometry, shape)
+            self.packed_weight = nn.Parameter(packed, requires_grad=self.packed_weight.requires_grad)
+            self.fitting = set()
+        self.fitting.add(shape)
 
 
 class PackedGate(PackedLinear):
@@ -107,3 +121,23 @@ class PackedGate(PackedLinear):
             return value.add_(added.chunk(2, dim=-1)[0]).mul_(F.gelu(gate))
         gate = _linear(hidden_states, self.packed_gate, gate_bias, "gelu", [], "none")
         return _linear.binary(hidden_states, gate, self.packed_value, value_bias, "mul")
+
+
+def _geometry(layer: nn.Conv2d) -> tuple:
+    return layer.padding, layer.stride, layer.dilation, layer.groups
+
+
+def _pack(weight: torch.Tensor, geometry: tuple, shape: tuple[int, ...]) -> torch.Tensor:
+    """The weight of a convolution as oneDNN wants it for inputs of a shape."""
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, shape)
+
+
+def _layout(packed: torch.Tensor) -> bytes:
+    return torch.ops.mkldnn._get_mkldnn_serialized_md(packed).numpy().tobytes()[_LAYOUT:]
+
+
+@functools.lru_cache(maxsize=1024)
+def _wanted_layout(weight: torch.Size, dtype: torch.dtype, geometry: tuple, shape: torch.Size) -> bytes:
+    """The layout that oneDNN wants; it says so by packing a weight."""
+    empty = torch.empty(weight, dtype=dtype, memory_format=torch.channels_last)
+    return _layout(_pack(empty, geometry, shape))

@@ -13,7 +13,7 @@ from support.loras import UNET_TARGETS, write_lora
 from fastdiff import FastConfig, FastStableDiffusionXLPipeline
 from fastdiff.bench.ladder import weight_bytes
 from fastdiff.models.memory_format import ChannelsLastTransformer2DModel
-from fastdiff.weights import PackedConv2d, PackedGate, PackedLinear, choose_packing, count_packed
+from fastdiff.weights import PackedConv2d, PackedGate, PackedLinear, choose_packing, count_packed, packed
 
 PACKED = FastConfig.preset("exact", pack_weights=True, tuning="off")
 
@@ -194,6 +194,39 @@ def test_small_and_shared_models_are_left_plain():
     assert choose().enabled
     assert not choose(is_compiled=True).enabled
     assert "cuda" in choose(device="cuda").reason
+
+
+@torch.no_grad()
+def test_a_convolution_is_packed_for_the_pictures_that_it_meets(monkeypatch, assert_close):
+    """On AVX2 oneDNN wants other layouts for other sizes, and over the wrong one takes many times as long."""
+    layer = torch.nn.Conv2d(64, 96, 3, padding=1).to(memory_format=torch.channels_last)
+    small, large = (torch.randn(1, 64, side, side).to(memory_format=torch.channels_last) for side in (4, 32))
+    expected = [layer(small), layer(large)]
+    plain = layer.weight.detach().clone()
+    wanted, asked = packed._wanted_layout, []
+
+    def layout(weight, dtype, geometry, shape):
+        asked.append(shape)
+        return wanted(weight, dtype, geometry, shape)
+
+    monkeypatch.setattr(packed, "_wanted_layout", layout)
+    PackedConv2d.make(layer)
+    for _ in range(2):
+        for x, result in zip((small, large), expected, strict=True):
+            assert_close(layer(x), result)
+            best = wanted(plain.shape, plain.dtype, packed._geometry(layer), x.shape)
+            assert packed._layout(layer.packed_weight) == best
+    # What no processor asks for: it is packed again when the size changes, not in each call.
+    monkeypatch.setattr(packed, "_wanted_layout", lambda weight, dtype, geometry, shape: bytes(shape[2:]))
+    monkeypatch.setattr(packed, "_layout", lambda weight: b"")
+    layer.fitting.clear()
+    held = []
+    for x in (small, small, large, large):
+        assert_close(layer(x), expected[x is large])
+        held.append(layer.packed_weight)
+    assert held[0] is held[1] is not held[2] is held[3]
+    assert set(asked) == {small.shape, large.shape}
+    assert torch.equal(layer.weight, plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
