@@ -45,7 +45,7 @@ class Result:
     """One committed file.
 
     Attributes:
-        chip: the processor's or GPU's name; empty where the file does not say.
+        chip: the processor's or GPU's name, which unlike ones may share; empty where the file does not say.
         kind: of machine, a column of the README's table.
     """
 
@@ -83,7 +83,7 @@ def load(folder: Path = RESULTS) -> list[Result]:
             [(chip, kind)] = of_day[result.date]
             result = Result(result.path, result.data, chip, kind)
         placed.append(result)
-    return list({(result.chip, result.what): result for result in placed}.values())
+    return list({(result.chip, result.kind, result.what): result for result in placed}.values())
 
 
 def _result(path: Path) -> Result:
@@ -101,7 +101,7 @@ def _result(path: Path) -> Result:
 def summary(results: list[Result]) -> str:
     """The README's one table: ratios, a column for each kind of machine."""
     kinds = [AMX, AVX512, *sorted({result.kind for result in results} - {AMX, AVX512})]
-    if len(kinds) == 2:
+    if {*kinds} <= {AMX, AVX512, AVX2}:
         kinds.append(GPU)
     rows: dict[str, dict[str, str]] = {}
     order = list(SECTIONS)
@@ -155,7 +155,7 @@ def long_tables(results: list[Result]) -> str:
     """The body of `benchmarks/README.md`: by chip, and under it by theme."""
     parts = []
     for chip, kind in dict.fromkeys((result.chip, result.kind) for result in reversed(results)):
-        own = [result for result in results if result.chip == chip]
+        own = [result for result in results if (result.chip, result.kind) == (chip, kind)]
         parts.append(f"## {chip or 'A processor that the files do not name'} ({kind})")
         for theme, section in SECTIONS.items():
             named = sorted((result for result in own if result.theme == theme), key=lambda result: result.what)

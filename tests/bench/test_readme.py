@@ -114,8 +114,17 @@ def test_each_kind_of_machine_is_a_column_and_each_chip_a_chapter(copy):
     text = (copy / "benchmarks" / "README.md").read_text()
     assert text.index("## AMD EPYC (CPU with AVX512, no AMX)") < text.index("## Intel Xeon (CPU with AMX)")
 
+    # A chip of the same name that has less.
+    old = ladder(1.1, "2026-01-04", **{**amd, "capability": "AVX2"})
+    (folder / "ladder_cpu_old_2026-01-04.json").write_text(json.dumps(old))
+    assert run_script(copy).returncode == 0
+    [cells] = rows((copy / "README.md").read_text(), "UNet step, 256x256: default, beside stock")
+    assert cells[1:] == ["1.60 (1.50-1.70)", "1.20 (1.10-1.30)", "1.10 (1.00-1.20)", "not measured yet"]
+    chapters = (copy / "benchmarks" / "README.md").read_text().split("\n## ")[1:]
+    assert [chapter.count("| 1.10 (1.00-1.20) |") for chapter in chapters] == [1, 0, 0]
+
     gpu = ladder(2.5, "2026-01-04", cpu="Intel Xeon", amx_bf16=True, gpu="NVIDIA H100")
     (folder / "ladder_h100_2026-01-04.json").write_text(json.dumps(gpu))
     assert run_script(copy).returncode == 0
     [cells] = rows((copy / "README.md").read_text(), "UNet step, 256x256: default, beside stock")
-    assert cells[1:] == ["1.60 (1.50-1.70)", "1.20 (1.10-1.30)", "2.50 (2.40-2.60)"]
+    assert cells[1:] == ["1.60 (1.50-1.70)", "1.20 (1.10-1.30)", "1.10 (1.00-1.20)", "2.50 (2.40-2.60)"]
