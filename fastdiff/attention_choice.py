@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from .choices import MIN_PARAMETERS, table_line, tuner_for
+from .models.attention_backends import DTYPES, Backend, backends
 from .models.attention_kernel import DTYPE, HEAD_DIM, attend, attending, kind_of, load_attention
 from .models.context import appended_tokens
-from .tuning import Answers, AttentionSize, attention_question, choose, input_shapes
+from .tuning import Answers, AttentionSize, Outcome, attention_question, choose, input_shapes
 
 OURS = "our kernel"
 # Of tuning, for all sizes of a model.
 _SECONDS = 1.0
+# A kernel of PyTorch's has to be so many times as fast as the one that it takes by itself.
+_MARGIN = 1.03
 
 
 class AttentionChoice(NamedTuple):
-    """The kinds of attention, `"self"` and `"cross"`, that take our kernel, and how that came about."""
+    """The kernels of the kinds of attention, `"self"` and `"cross"`, that do not have PyTorch's choice, and why."""
 
-    kinds: frozenset[str]
+    kernels: Mapping[str, Callable]
     reason: str
 
 
+def left_to_pytorch(why: str) -> AttentionChoice:
+    """No kernel, and why."""
+    return AttentionChoice({}, f"left to PyTorch: {why}")
+
+
 def choose_attention(model: Any, tuning: str, bar: dict | None = None) -> AttentionChoice:
-    """Choose for a UNet or ControlNet on a CPU, by measurement.
+    """Choose for a UNet or ControlNet by measurement: on a CPU our kernel, on a GPU one of PyTorch's.
 
     Args:
         model: where it is small it is left to PyTorch.
@@ -30,46 +39,86 @@ def choose_attention(model: Any, tuning: str, bar: dict | None = None) -> Attent
         bar: arguments of the progress bar.
     """
     if sum(parameter.numel() for parameter in model.parameters()) < MIN_PARAMETERS:
-        return AttentionChoice(frozenset(), "left to PyTorch: the model is small")
+        return left_to_pytorch("the model is small")
     if tuning == "off":
-        return AttentionChoice(frozenset(), 'left to PyTorch: nothing is measured with tuning="off"')
-    if model.dtype != DTYPE:
-        return AttentionChoice(frozenset(), "left to PyTorch: our kernel takes bfloat16")
-    if load_attention() is None:
-        why = "no C++ compiler was found, or the processor lacks AVX512-BF16"
-        return AttentionChoice(frozenset(), f"left to PyTorch: {why}")
+        return left_to_pytorch('nothing is measured with tuning="off"')
+    if (why := _why_none(model)) is not None:
+        return left_to_pytorch(why)
     sizes = attention_sizes(model)
     answers = measure_attention(model, sizes, tuning, bar)
+    if model.device.type == "cpu":
+        return _ours(sizes, answers)
+    return _backends(sizes, answers)
+
+
+def _why_none(model: Any) -> str | None:
+    """Why there are no kernels to measure on this device."""
+    if model.device.type == "cpu":
+        if model.dtype != DTYPE:
+            return "our kernel takes bfloat16"
+        if load_attention() is None:
+            return "no C++ compiler was found, or the processor lacks AVX512-BF16"
+        return None
+    if model.device.type != "cuda":
+        return f"no kernels to choose from on {model.device.type}"
+    return None if model.dtype in DTYPES else f"in {str(model.dtype).removeprefix('torch.')} there is one kernel"
+
+
+def _ours(sizes: list[AttentionSize], answers: Answers) -> AttentionChoice:
     # A kind takes the kernel if it wins at every size.
     won = {size: choose(answers[size.key], (OURS,)) == OURS for size in sizes if size.key in answers}
     kinds = frozenset(size.kind for size in won) - {size.kind for size, wins in won.items() if not wins}
     ratios = [answers[size.key][OURS].ratio[1] for size in won if size.kind in kinds]
     if not kinds:
         refused = {str(found[OURS].refused) for found in answers.values() if found[OURS].refused is not None}
-        why = "; ".join(sorted(refused)) or "measured here, our kernel is no faster"
-        return AttentionChoice(kinds, f"left to PyTorch: {why}")
+        return left_to_pytorch("; ".join(sorted(refused)) or "measured here, our kernel is no faster")
     times = f"measured here {min(ratios):.2g} to {max(ratios):.2g} times PyTorch's"
-    return AttentionChoice(kinds, f"{' and '.join(sorted(kinds, reverse=True))}-attention by our kernel, {times}")
+    reason = f"{' and '.join(sorted(kinds, reverse=True))}-attention by our kernel, {times}"
+    return AttentionChoice(dict.fromkeys(kinds, attend), reason)
+
+
+def _backends(sizes: list[AttentionSize], answers: Answers) -> AttentionChoice:
+    kernels, reasons = {}, []
+    for kind in ("self", "cross"):
+        found = [answers[size.key] for size in sizes if size.kind == kind and size.key in answers]
+        # A kernel has to win at every size; of those that do, the one whose least gain is largest.
+        gains = {name: [_gain(outcomes[name]) for outcomes in found] for name in backends() if found}
+        won = {name: ratios for name, ratios in gains.items() if min(ratios) >= _MARGIN}
+        if won:
+            best = max(won, key=lambda name: min(won[name]))
+            kernels[kind] = Backend(best)
+            low, high = min(won[best]), max(won[best])
+            reasons.append(f"{kind}-attention by {best}, measured here {low:.3g} to {high:.3g} times PyTorch's choice")
+    if not kernels:
+        return left_to_pytorch("measured here, none of its kernels is faster than its choice")
+    return AttentionChoice(kernels, "; ".join(reasons))
+
+
+def _gain(outcome: Outcome) -> float:
+    return 0.0 if outcome.refused is not None else outcome.ratio[1]
 
 
 def attention_sizes(model: Any, side: int | None = None) -> list[AttentionSize]:
-    """What the layers that our kernel can take attend over, at the model's own size or that of latents of `side`."""
+    """What the layers that take other kernels attend over, at the model's own size or that of latents of `side`."""
     found, shapes = set(), input_shapes(model, side)
     for name, layer in attending(model).items():
         queries, keys = shapes.get(f"{name}.to_q"), shapes.get(f"{name}.to_k")
-        if queries is None or keys is None or layer.inner_dim != HEAD_DIM * layer.heads:
+        if queries is None or keys is None:
+            continue
+        head_dim = layer.inner_dim // layer.heads
+        if model.device.type == "cpu" and head_dim != HEAD_DIM:
             continue
         kind = kind_of(layer)
         masked = appended_tokens(keys[1]) if kind == "cross" else 0
-        found.add(AttentionSize(kind, layer.heads, HEAD_DIM, queries[1], keys[1] + masked, masked))
+        found.add(AttentionSize(kind, layer.heads, head_dim, queries[1], keys[1] + masked, masked, model.dtype))
     return sorted(found)
 
 
 def attention_table(models: list[Any], tuning: str, side: int | None) -> list[str]:
     """Measure anew, whatever is known; returns a line for each distinct size (see `choices.measured_table`)."""
     lines = []
-    for model in models if load_attention() is not None else ():
-        if model.dtype == DTYPE and (sizes := attention_sizes(model, side)):
+    for model in models:
+        if _why_none(model) is None and (sizes := attention_sizes(model, side)):
             answers = measure_attention(model, sizes, tuning, again=True)
             lines += [table_line(key, outcomes) for key, outcomes in answers.items()]
     return lines
@@ -79,9 +128,10 @@ def measure_attention(
     model: Any, sizes: list[AttentionSize], tuning: str, bar: dict | None = None, again: bool = False
 ) -> Answers:
     """What is known, or measured now, of those sizes, by their keys."""
+    kernels = {OURS: attend} if model.device.type == "cpu" else backends()
     return tuner_for(model, tuning).ask(
         (size.key for size in sizes),
-        lambda keys: [attention_question(size, {OURS: attend}) for size in sizes if size.key in keys],
+        lambda keys: [attention_question(size, kernels, model.device) for size in sizes if size.key in keys],
         bar,
         again,
         _SECONDS,

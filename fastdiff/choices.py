@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -135,14 +134,14 @@ def tuning_digest(pipe: Any) -> str | None:
     Where it is equal, layers have equal forms, and pictures equal bits.
     """
     models, tuning = tuned_models(pipe), pipe.active_config.tuning
-    if tuning == "off" or not models or models[0].device.type != "cpu":
+    if tuning == "off" or not models:
         return None
     tuner = tuner_for(models[0], tuning)
     return tuner.digest if tuner.answers else None
 
 
-def measured_table(models: list[Any], tuning: str, side: int | None) -> tuple[list[str], Path]:
-    """Measure anew, whatever is known; returns a line for each distinct shape, and the file that remembers.
+def measured_table(models: list[Any], tuning: str, side: int | None) -> list[str]:
+    """Measure anew, whatever is known; returns a line for each distinct shape.
 
     Args:
         models: on a CPU.
@@ -156,7 +155,7 @@ def measured_table(models: list[Any], tuning: str, side: int | None) -> tuple[li
         counts = Counter(map(layer_key, found.values()))
         for key, outcomes in _measured(model, found, tuning, None, _MAX_SECONDS, side, again=True).items():
             lines.append(f"{counts[key]:4} x {table_line(key, outcomes)}")
-    return lines, tuner_for(models[0], tuning).record.path
+    return lines
 
 
 def table_line(key: str, outcomes: dict[str, Outcome]) -> str:

@@ -48,8 +48,9 @@ class FastConfig:
         channels_last: NHWC memory format for convolutions.
         pack_weights: on CPUs, weights in oneDNN's own layout, in place of the plain ones; `"auto"` packs large models
             that are not compiled and share their weights with no stock model.
-        attention: `"auto"` takes, on CPUs in large models, a kernel of ours where it is measured to win; `"pytorch"`
-            always PyTorch's. A backend of `set_attention_backend` comes before either.
+        attention: `"auto"` takes in large models, where it is measured to win, on CPUs a kernel of ours, on GPUs one of
+            PyTorch's in place of its choice; `"pytorch"` that choice. A backend of `set_attention_backend` comes
+            before either.
         host_schedule: schedulers that keep their schedule on the CPU, so that no step waits for the device.
         cuda_graphs: replay the UNet step, ControlNets and the VAE decoder as CUDA graphs. On CUDA only, where
             `"auto"` means True; elsewhere, with offloading and with deep_cache, the plan says why not.

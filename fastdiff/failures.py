@@ -41,7 +41,7 @@ _OFF: dict[str, dict[str, object]] = {
 _HOMES: dict[str, tuple[str, ...]] = {
     "pack_weights": ("fastdiff.weights.packed", "fastdiff.weights.packing", "fastdiff.weights.geglu"),
     "quantize": ("fastdiff.weights.int8", "fastdiff.weights.torchao_form", "fastdiff.weights.geglu", "torchao"),
-    "attention": ("fastdiff.models.attention_kernel",),
+    "attention": ("fastdiff.models.attention_kernel", "fastdiff.models.attention_backends"),
     "fuse_qkv": ("fastdiff.models.processor", "fastdiff.models.attention"),
     "context_cache": ("fastdiff.models.context", "fastdiff.models.processor"),
     "host schedule": ("fastdiff.schedulers",),

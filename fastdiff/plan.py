@@ -7,7 +7,7 @@ This is the only file that knows the order:
     memory format    before fusing and compiling, so that graphs see the final strides
     fuse             before quantizing, so that the fused weight is what gets quantized
     context cache    reads the projections as they are in the end; holds no weights
-    attention        before compiling, as code depends on it; on CPUs where a kernel was measured to win on this machine
+    attention        before compiling, as code depends on it; where a kernel was measured to win on this machine
     quantize         before compiling, so that the graph contains the quantized kernels; on CPUs where it was measured
                      to win on this machine
     pack             what is not quantized, where that wins; not what is going to be compiled
@@ -200,14 +200,14 @@ class Plan(WeightSteps):
         name, why = "attention", None
         if self.config.attention != "auto":
             why = _OFF.format(name)
-        elif self.device.type != "cpu":
-            why = "left to PyTorch: our kernel is for CPUs"
-        elif self._is_compiled():
+        elif self.device.type == "cpu" and self._is_compiled():
             why = "left to PyTorch in compiled regions"
+        elif any(model.device.type != self.device.type for model in self.denoisers):
+            why = "left to PyTorch: the weights are elsewhere now"
         layers, reasons = 0, {}
         for model in self.denoisers:
-            choice = AttentionChoice(frozenset(), why) if why else choose_attention(model, self.config.tuning, self.bar)
-            layers += apply_attention(model, choice.kinds)
+            choice = AttentionChoice({}, why) if why else choose_attention(model, self.config.tuning, self.bar)
+            layers += apply_attention(model, choice.kernels)
             reasons[choice.reason] = True
         return PlanStep(name, layers > 0, "; ".join(reasons))
 

@@ -19,10 +19,13 @@ from support.tape_recorder import RunningRecorder
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
+import fastdiff.attention_choice
 import fastdiff.plan
 from fastdiff import FastConfig, FastStableDiffusionXLPipeline, OptimizationWarning
 from fastdiff.compiler import artifact_key
 from fastdiff.compiler.norms import ChannelsLastNorms
+from fastdiff.models.attention_backends import backends
+from fastdiff.tuning import Outcome
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -57,6 +60,8 @@ def hopper(monkeypatch):
     monkeypatch.setattr("torchao.quantization.quant_api.is_sm_at_least_89", lambda: True)
     monkeypatch.setattr(fastdiff.plan, "why_no_kernels", lambda device, dtype: None)
     monkeypatch.setattr("fastdiff.compiler.compilation._MIN_PARAMETERS", 0)
+    # There is nothing here to measure.
+    monkeypatch.setattr(fastdiff.attention_choice, "measure_attention", lambda *_: {})
     recorders = []
 
     def recorder(device) -> RunningRecorder:
@@ -113,6 +118,27 @@ def test_default_plan_and_pictures_on_a_hopper_gpu(hopper):
     assert recorders == [recorder] and recorder.recorded == 4 and len(traced.regions) == regions, "nothing is made anew"
     other = torch.device("cuda", 0), "regional", pipe.plan
     assert artifact_key(pipe.unet, pipe.vae, *other)["device"] == "cuda, NVIDIA H100 9.0"
+
+
+def test_attention_by_the_kernel_that_won(hopper, monkeypatch):
+    traced, recorders = hopper
+    monkeypatch.setattr(fastdiff.attention_choice, "MIN_PARAMETERS", 0)
+    measured = []
+
+    def measure(model, sizes, *_):
+        measured.extend(sizes)
+        outcomes = {name: Outcome(1.0, (1.2, 1.2, 1.2)) for name in backends()}
+        return {size.key: {"PyTorch": Outcome(), **outcomes} for size in sizes if size.kind == "self"}
+
+    monkeypatch.setattr(fastdiff.attention_choice, "measure_attention", measure)
+    pipe = pipeline()
+    for _ in range(2):
+        draw(pipe, output_type="pt")
+    (step,) = (step for step in pipe.plan if step.name == "attention")
+    assert step.applied and step.reason == "self-attention by cuDNN, measured here 1.2 to 1.2 times PyTorch's choice"
+    assert {size.kind for size in measured} == {"self", "cross"} and {size.head_dim for size in measured} == {64}
+    assert [recorder.recorded for recorder in recorders] == [2] and recorders[0].replayed == 2 * (3 + 1) - 2
+    assert any("_sdpa_kernel" in call for call in traced.calls()), "within the regions"
 
 
 def test_float16_on_a_hopper_gpu(hopper):

@@ -19,6 +19,7 @@ from fastdiff import FastConfig, OptimizationWarning
 from fastdiff.failures import _HOMES, _OFF, Failures
 from fastdiff.graphs.wiring import Wiring
 from fastdiff.models.attention import FastAttention
+from fastdiff.models.attention_backends import Backend
 from fastdiff.models.context import ContextCache
 from fastdiff.schedulers.twins import FastEulerDiscreteScheduler
 
@@ -104,6 +105,11 @@ def wiring(patch):
     patch.setattr(Wiring, "settings", raising(AttributeError("a module of another version")))
 
 
+def no_such_kernel(patch):
+    choice = fastdiff.attention_choice.AttentionChoice({"self": Backend("cuDNN", alone=True)}, "a test")
+    patch.setattr(fastdiff.plan, "choose_attention", lambda *_: choice)
+
+
 def quantize_raises(patch):
     patch.setattr("fastdiff.weight_steps.choose_quantization", lambda requested, *_, **__: (
         fastdiff.weights.schemes.QuantizationChoice(None if requested == "none" else "int8-weight-only", "a test")))
@@ -137,6 +143,7 @@ FAULTS = {
     "packing failing": ("pack_weights", attribute(fastdiff.weight_steps, "apply_packing", MISSING), PACKED),
     "a kernel for attention that cannot be chosen": (
         "attention", attribute(fastdiff.plan, "choose_attention", MISSING), {}),
+    "a kernel for attention that the device lacks": ("attention", no_such_kernel, {}),
     "out of memory while fusing": ("fuse_qkv", attribute(FastAttention, "fuse", OUT_OF_MEMORY), {}),
     "out of memory for another memory format": (
         "channels_last", attribute(fastdiff.plan, "apply_channels_last", OUT_OF_MEMORY), {}),

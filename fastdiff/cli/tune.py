@@ -1,4 +1,4 @@
-"""`fastdiff tune`: measure ahead which form each layer is to take on this machine, and show it."""
+"""`fastdiff tune`: measure ahead which kernels and forms a model is to take on this machine, and show it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def add_command(commands) -> None:
 
 def _tune(arguments: argparse.Namespace) -> int:
     from ..attention_choice import attention_table
-    from ..choices import measured_table, tuned_models
+    from ..choices import measured_table, tuned_models, tuner_for
 
     pipe = load_pipeline(arguments)
-    if pipe.unet.device.type != "cpu":
-        raise UsageError(f"nothing to measure on {pipe.unet.device}: forms are chosen by measurement on CPUs only")
+    if pipe.unet.device.type not in ("cpu", "cuda"):
+        raise UsageError(f"nothing to measure on {pipe.unet.device}: kernels are chosen on CPUs and NVIDIA GPUs")
     started = time.perf_counter()
     width, height = arguments.size or (None, None)
     side = None if width is None else round((width * height) ** 0.5) // pipe.vae_scale_factor
@@ -33,10 +33,12 @@ def _tune(arguments: argparse.Namespace) -> int:
         raise UsageError("--tuning off: this command measures; name a file, or leave it out")
     if not models:
         raise UsageError(f"--preset {arguments.preset}: the stock classes stay in place, and nothing is chosen")
-    rows, path = measured_table(models, tuning, side)
+    # On GPUs layers have one form.
+    rows = measured_table(models, tuning, side) if pipe.unet.device.type == "cpu" else []
     if pipe.active_config.attention == "auto":
         rows += attention_table([model for model in models if model is not pipe.vae], tuning, side)
     for row in rows:
         print(row)
+    path = tuner_for(models[0], tuning).record.path
     print(f"{len(rows)} shapes in {time.perf_counter() - started:.1f} s, kept in {path}")
     return 0

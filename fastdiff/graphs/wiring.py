@@ -61,9 +61,10 @@ class Wiring:
         for attn in self._attentions:
             state = dict(attn.processor.__dict__)
             backend = state.pop("_attention_backend", None)
+            kernels = tuple(state.pop("kernels", {}).items())
             if state:
                 return None
-            processors.append((type(attn.processor), backend))
+            processors.append((type(attn.processor), backend, kernels))
         freeu = tuple(getattr(block, name, None) for block in self._freeu_blocks for name in _FREEU)
         return getattr(self._module, "revision", 0), tuple(processors), freeu, tuple(map(_tuner_state, self._tuners))
 

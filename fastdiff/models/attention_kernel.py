@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +66,17 @@ def attend(
     return None if failed else out
 
 
-def apply_attention(model: nn.Module, kinds: frozenset[str]) -> int:
-    """Have the layers of these kinds, `"self"` and `"cross"`, attend by our kernel, and all others by PyTorch's.
+def apply_attention(model: nn.Module, kernels: Mapping[str, Callable]) -> int:
+    """Have the layers of a kind, `"self"` or `"cross"`, attend by the kernel given for it, and all others by PyTorch's.
 
     Returns:
         How many layers of these kinds there are.
     """
-    count, wanted = 0, dict.fromkeys(kinds, attend)
+    count = 0
     for layer in attending(model).values():
-        if layer.processor.kernels != wanted:  # the user's compiled code depends on it
-            layer.processor.kernels = wanted
-        count += kind_of(layer) in kinds
+        if layer.processor.kernels != kernels:  # compiled code depends on it
+            layer.processor.kernels = kernels
+        count += kind_of(layer) in kernels
     return count
 
 

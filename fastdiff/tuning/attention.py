@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from .question import Option, Question
 
 PYTORCH = "PyTorch"
-# |difference| / |result| that rounding makes in bfloat16, twice over.
+# |difference| / |result| that rounding makes in 16 bits, twice over.
 _ROUNDING = 0.02
 _LARGE = 30
 
@@ -26,20 +26,25 @@ class AttentionSize(NamedTuple):
     queries: int
     keys: int
     masked: int
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def key(self) -> str:
         """The size in words."""
         tokens = f"{self.queries} by {self.keys} tokens"
-        return f"{self.kind}-attention, {self.heads} heads of {self.head_dim}, {tokens}, bfloat16"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.kind}-attention, {self.heads} heads of {self.head_dim}, {tokens}, {dtype}"
 
 
-def attention_question(size: AttentionSize, kernels: Mapping[str, Callable], batch: int = 2) -> Question:
+def attention_question(
+    size: AttentionSize, kernels: Mapping[str, Callable], device: torch.device, batch: int = 2
+) -> Question:
     """Whether a kernel takes the place of PyTorch's.
 
     Args:
         size: of the model's own pictures.
         kernels: by name, functions of query, key, value and mask.
+        device: where they run.
         batch: samples.
     """
     functions = {PYTORCH: F.scaled_dot_product_attention, **kernels}
@@ -53,14 +58,14 @@ def attention_question(size: AttentionSize, kernels: Mapping[str, Callable], bat
             # Heads behind tokens, as projections leave them.
             x = torch.randn(batch, tokens, size.heads, size.head_dim, generator=generator)
             x = {"zeros": 0.0, "large": _LARGE}.get(kind, 1.0) * x
-            return x.to(torch.bfloat16).transpose(1, 2)
+            return x.to(device, size.dtype).transpose(1, 2)
 
         query, key, value = draw(rows), draw(size.keys), draw(size.keys)
         if kind == "zero rows":
             query[:, :, : rows // 2] = 0
         mask = None
         if size.masked:
-            mask = torch.zeros(1, 1, 1, size.keys, dtype=torch.bfloat16)
+            mask = torch.zeros(1, 1, 1, size.keys, dtype=size.dtype, device=device)
             mask[..., size.keys - size.masked :] = -torch.inf
         return query, key, value, mask
 
