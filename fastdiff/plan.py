@@ -30,6 +30,7 @@ from .config import FastConfig
 from .failures import Failures
 from .graphs import GraphPool, apply_graphs, remove_graphs, why_no_graphs
 from .graphs.recording import CudaRecorder
+from .heap import return_freed_memory
 from .lossy.deep_cache import apply_deep_cache, remove_deep_cache
 from .lossy.guidance_interval import apply_guidance_interval
 from .models.attention import FastAttention
@@ -97,8 +98,8 @@ class Plan(WeightSteps):
             *self._weights(),
             self._attempt("context_cache", self._context_cache),
             self._attempt("attention", self._attention),
-            self._attempt("quantize", self._quantize),
-            self._attempt("pack_weights", self._pack),
+            self._attempt_anew("quantize", self._quantize),
+            self._attempt_anew("pack_weights", self._pack),
             self._attempt("compile", self._compile),
             self._attempt("guidance_interval", self._guidance_interval),
             self._attempt("deep_cache", self._deep_cache),
@@ -114,6 +115,12 @@ class Plan(WeightSteps):
         """Apply a step; one that fails, now or in an earlier picture, is taken off, and the plan says why."""
         done, reason = self.failures.attempt(name, step) or PlanStep(name, False, ""), self.failures.get(name)
         return done if reason is None else replace(done, applied=False, reason=reason)
+
+    def _attempt_anew(self, name: str, step: Callable[[], PlanStep]) -> PlanStep:
+        """Apply a step that makes weights anew; the memory of the old ones is free for the next one's."""
+        done = self._attempt(name, step)
+        return_freed_memory()
+        return done
 
     def prepare_offload(self, fused: bool) -> None:
         """Do what has to be done before single layers are moved in and out; takes off compiled code.
@@ -138,7 +145,10 @@ class Plan(WeightSteps):
     def _weights(self) -> list[PlanStep]:
         offloading = inner_offloading(self.unet)
         if offloading is None:
-            return [self._attempt("channels_last", self._channels_last), self._attempt("fuse_qkv", self._fuse)]
+            return [
+                self._attempt_anew("channels_last", self._channels_last),
+                self._attempt_anew("fuse_qkv", self._fuse),
+            ]
         layers = [m for model in self.denoisers for m in model.modules() if isinstance(m, FastAttention)]
         fused = sum(layer.is_fused for layer in layers)
         strides = self.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "limits": set(),
     "quiet": set(),
     "failures": {"config"},
+    "heap": set(),
     "identity": set(),
     "native": {"cache"},
     "models": {"identity", "native"},
