@@ -37,12 +37,11 @@ def shell_lines() -> list[str]:
 
 def script(network: bool = False) -> str:
     """The README's Python as one program; without the hub the embedded model stands in, without CUDA the CPU."""
-    import torch
-
     text = "\n".join(blocks("python"))
     if not network:
         text = text.replace(HUB_MODEL, "embedded")
-    return text if torch.cuda.is_available() else text.replace('.to("cuda")', '.to("cpu")')
+    # Where it runs, and not here, is PyTorch installed.
+    return "import torch\n" + text.replace('.to("cuda")', '.to("cuda" if torch.cuda.is_available() else "cpu")')
 
 
 def main() -> int:
