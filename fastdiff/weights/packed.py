@@ -37,7 +37,8 @@ class Packed(Form):
         return True
 
     def _plain_weight(self) -> torch.Tensor:
-        return torch.cat([p.detach().to_dense() for p in self.held()])
+        parts = [packed.detach().to_dense() for packed in self.held()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class PackedLinear(Packed, nn.Linear):
@@ -62,10 +63,12 @@ class PackedConv2d(Packed, nn.Conv2d):
     _plain = nn.Conv2d
     _extras = ("fitting",)
     packed_weight: Any
+    fitted_to: torch.Size
 
     @staticmethod
     def _pack_weight(layer: Any, weight: torch.Tensor) -> list[torch.Tensor]:
-        return [_pack(weight, _geometry(layer), (2, layer.in_channels, 64, 64))]
+        # What it was fitted to before the weight was asked for, or else pictures of 512 pixels.
+        return [_pack(weight, _geometry(layer), layer.__dict__.get("fitted_to", (2, layer.in_channels, 64, 64)))]
 
     def _plain_weight(self) -> torch.Tensor:
         return super()._plain_weight().contiguous(memory_format=torch.channels_last)
@@ -89,7 +92,7 @@ class PackedConv2d(Packed, nn.Conv2d):
         if _wanted_layout(self.kind.shape, self.kind.dtype, geometry, shape) != _layout(self.packed_weight):
             packed = _pack(self._plain_weight(), geometry, shape)
             self.packed_weight = nn.Parameter(packed, requires_grad=self.packed_weight.requires_grad)
-            self.fitting = set()
+            self.fitting, self.fitted_to = set(), shape
         self.fitting.add(shape)
 
 

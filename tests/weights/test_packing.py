@@ -227,6 +227,12 @@ def test_a_convolution_is_packed_for_the_pictures_that_it_meets(monkeypatch, ass
     assert held[0] is held[1] is not held[2] is held[3]
     assert set(asked) == {small.shape, large.shape}
     assert torch.equal(layer.weight, plain)
+    # Packed anew, it is so for the size that it met last, at once.
+    pack, packed_for = packed._pack, []
+    monkeypatch.setattr(packed, "_pack", lambda *given: packed_for.append(given[2]) or pack(*given))
+    PackedConv2d.make(layer)
+    assert packed_for == [large.shape]
+    assert_close(layer(large), expected[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
