@@ -117,12 +117,34 @@ __attribute__((noinline)) void quantize_row(const T* __restrict x, int8_t* __res
   for (int64_t i = 0; i < count; ++i) out[i] = static_cast<int8_t>(static_cast<int32_t>(nearbyintf(widen(x[i]) / scale)));
 }
 
+// The largest |sum| of two neighbouring channels, numbers 0 and 1, 2 and 3 and so on, of (outer, channels, inner) numbers.
 template <typename T>
-void quantize_rows(const T* x, int8_t* out, float* scales, int64_t rows, int64_t count) {
+__attribute__((noinline)) float largest_pair(const T* __restrict x, int64_t outer, int64_t channels, int64_t inner) {
+  float largest = 0.0f;
+  for (int64_t i = 0; i < outer; ++i) {
+    for (int64_t pair = 0; pair < channels / 2; ++pair) {
+      const T* first = x + (i * channels + 2 * pair) * inner;
+#pragma omp simd reduction(max : largest)
+      for (int64_t j = 0; j < inner; ++j) {
+        const float sum = std::fabs(widen(first[j]) + widen(first[inner + j]));
+        largest = sum > largest ? sum : largest;
+      }
+    }
+  }
+  return largest;
+}
+
+template <typename T>
+void quantize_rows(const T* x, int8_t* out, float* scales, int64_t rows, int64_t count, int64_t channels,
+                   int64_t inner) {
 #pragma omp parallel for if (rows * count > kSerial) schedule(static)
   for (int64_t row = 0; row < rows; ++row) {
     const Range range = range_of(x + row * count, count);
-    const float scale = std::max(std::max(range.high, -range.low), 1e-30f) / 127.0f;
+    float largest = std::max(std::max(range.high, -range.low), 1e-30f);
+    if (channels > 0) {
+      largest = std::max(largest, largest_pair(x + row * count, count / (channels * inner), channels, inner));
+    }
+    const float scale = largest / 127.0f;
     scales[row] = range.not_finite ? NAN : scale;
     if (range.not_finite) {
       std::memset(out + row * count, 0, count);
@@ -136,12 +158,14 @@ void quantize_rows(const T* x, int8_t* out, float* scales, int64_t rows, int64_t
 
 extern "C" {
 
-void fastdiff_quantize_rows_bfloat16(const void* x, int8_t* out, float* scales, int64_t rows, int64_t count) {
-  quantize_rows(static_cast<const bfloat16*>(x), out, scales, rows, count);
+void fastdiff_quantize_rows_bfloat16(const void* x, int8_t* out, float* scales, int64_t rows, int64_t count,
+                                     int64_t channels, int64_t inner) {
+  quantize_rows(static_cast<const bfloat16*>(x), out, scales, rows, count, channels, inner);
 }
 
-void fastdiff_quantize_rows_float32(const void* x, int8_t* out, float* scales, int64_t rows, int64_t count) {
-  quantize_rows(static_cast<const float*>(x), out, scales, rows, count);
+void fastdiff_quantize_rows_float32(const void* x, int8_t* out, float* scales, int64_t rows, int64_t count,
+                                    int64_t channels, int64_t inner) {
+  quantize_rows(static_cast<const float*>(x), out, scales, rows, count, channels, inner);
 }
 
 void fastdiff_quantize_bfloat16(const void* x, uint8_t* out, int64_t batch, int64_t height, int64_t width,

@@ -78,24 +78,33 @@ def load_kernels() -> ctypes.CDLL | None:
     for dtype in _COMPILED.values() if library is not None else ():
         inputs, rows = (getattr(library, f"fastdiff_quantize_{name}{dtype}") for name in ("", "rows_"))
         inputs.argtypes = [pointer] * 2 + [number] * 6 + [pointer]
-        rows.argtypes = [pointer] * 3 + [number] * 2
+        rows.argtypes = [pointer] * 3 + [number] * 4
         inputs.restype = rows.restype = None
     return library
 
 
-def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+def quantize_rows(weight: torch.Tensor, in_16_bits: bool) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Quantize a weight to -127 to 127, with a scale for each index of its first dimension.
+
+    Args:
+        weight: (out_features, in_features) or (out_channels, in_channels, height, width).
+        in_16_bits: whether to keep numbers of neighbouring inputs so small that the sum of their products with uint8
+            fits in 16 bits.
 
     Returns:
         int8 of the weight's shape, and float32 scales; None without compiled code for this dtype and memory format.
     """
     function = _compiled(weight.dtype, "rows_")
-    dense = weight.is_contiguous() or (weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last))
+    is_channels_last = weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+    dense = weight.is_contiguous() or is_channels_last
     if function is None or not dense or weight.device.type != "cpu" or not weight.numel():
         return None
     values = torch.empty_like(weight, dtype=torch.int8)
     scales = torch.empty(len(weight), dtype=torch.float32)
-    function(weight.data_ptr(), values.data_ptr(), scales.data_ptr(), len(weight), weight.numel() // len(weight))
+    channels = weight.shape[1] if in_16_bits else 0
+    inner = 1 if is_channels_last else weight[0, 0].numel()
+    pointers = (weight.data_ptr(), values.data_ptr(), scales.data_ptr())
+    function(*pointers, len(weight), weight.numel() // len(weight), channels, inner)
     return values, scales
 
 

@@ -1,8 +1,10 @@
 """Int8 products on CPUs: oneDNN's kernels over weights packed once, activations quantized to uint8 as they come.
 
-Unsigned activations, as every x86 CPU with VNNI has kernels for them: with signed ones all but those with AMX fall to
-oneDNN's reference kernel, which is two thousand times slower. One scale and one zero point an input, which go into the
-product's epilogue: a scale a row costs one more pass over the output and was not measured to be nearer to plain.
+Unsigned activations, as every x86 CPU with AVX2 has kernels for them: with signed ones all but those with AMX fall to
+oneDNN's reference kernel, which is two thousand times slower. CPUs without VNNI sum the products of two neighbouring
+inputs in 16 bits; there weights are scaled so that every such sum fits (|a + b| <= 128), which costs normally
+distributed ones a quarter of their precision, and nothing is ever cut off. One scale and one zero point an input, which
+go into the product's epilogue: a scale a row costs one more pass over the output and was not measured to be nearer.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import nn
 
 from ..models.form import Form, Kind, Source
 from .activations import quantize, quantize_padded, quantize_rows
+from .int8_units import output_dtype, sums_in_16_bits
 from .kept import give_up_and_keep, take_again
 
 # Numbers of a weight that are quantized at a time: bounds the float32 copy.
@@ -23,7 +26,10 @@ _CHUNK = 1 << 20
 # Rows that a feed-forward layer takes at a time. Half as many make slower products; twice as many leave the cache.
 _ROWS = 1024
 _LEVELS = 127
+# Of two weights: times 255 it is the most that fits in 16 bits.
+_LARGEST_PAIR = 128
 _TINY = 1e-30
+
 
 class Int8(Form):
     """A layer with an int8 weight, one scale an output feature, in oneDNN's layout.
@@ -66,7 +72,7 @@ class Int8(Form):
             scale: (out_features,), float32.
         """
         kind = Kind(weight.shape, layer._parameters["weight"].dtype, weight.device, False)
-        cls._take(layer, cls._hold_int8(layer, weight, scale), kind, None)
+        cls._take(layer, cls._hold_int8(layer, *_fitted(weight, scale)), kind, None)
 
     @classmethod
     def _packed(cls, layer: Any, weight: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
@@ -100,7 +106,7 @@ class Int8(Form):
             super().__setstate__(state)
             return
         nn.Module.__setstate__(self, state)
-        self._take(self, self._hold_int8(self, *int8), self.kind, None)
+        self._take(self, self._hold_int8(self, *_fitted(*int8)), self.kind, None)
 
 
 class Int8Linear(Int8, nn.Linear):
@@ -121,14 +127,14 @@ class Int8Linear(Int8, nn.Linear):
     def _products(self, x: torch.Tensor, posts: tuple[str, ...]) -> list[torch.Tensor]:
         """The product with each part, each with its operation from `posts` applied."""
         values, x_scale, zero_point = quantize(x.detach())
+        dtype = output_dtype(x.dtype)
         scales = self.weight_scale.chunk(self._parts)
-        biases = (None,) * self._parts if self.bias is None else self.bias.chunk(self._parts)
+        biases = (None,) * self._parts if self.bias is None else self.bias.to(dtype).chunk(self._parts)
         algorithm = "none"  # of GELU: the exact one
         return [
             torch.ops.onednn.qlinear_pointwise(
-                values, x_scale, zero_point, weight, scale, _no_zero_points(), bias, 1.0, 0, x.dtype, post, [],
-                algorithm,
-            )
+                values, x_scale, zero_point, weight, scale, _no_zero_points(), bias, 1.0, 0, dtype, post, [], algorithm
+            ).to(x.dtype)
             for weight, scale, bias, post in zip(self.held(), scales, biases, posts, strict=True)
         ]
 
@@ -205,8 +211,8 @@ class Int8Conv2d(Int8, nn.Conv2d):
             bias = torch.add(self.bias.float(), self.weight_sum, alpha=-x_scale * zero_point)
         return torch.ops.onednn.qconv_pointwise(
             values, x_scale, 0, self.held()[0], self.weight_scale, _no_zero_points(), bias, self.stride,
-            (0, 0), self.dilation, self.groups, 1.0, 0, input.dtype, "none", [], "none",
-        )
+            (0, 0), self.dilation, self.groups, 1.0, 0, output_dtype(input.dtype), "none", [], "none",
+        ).to(input.dtype)
 
 
 class RowsFeedForward(FeedForward):
@@ -247,15 +253,38 @@ def _rows_at_a_time(weight: torch.Tensor) -> int:
 
 
 def _quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    if (found := quantize_rows(weight)) is not None:
+    in_16_bits = sums_in_16_bits()
+    if (found := quantize_rows(weight, in_16_bits)) is not None:
         return found
     values = torch.empty(weight.shape, dtype=torch.int8)
     scales = torch.empty(weight.shape[0], dtype=torch.float32)
     rows = _rows_at_a_time(weight)
     for start in range(0, weight.shape[0], rows):
-        part = weight[start : start + rows].float().flatten(1)
-        scale = part.abs().amax(dim=1).clamp_min_(_TINY).div_(_LEVELS)
+        part = weight[start : start + rows].float()
+        largest = part.flatten(1).abs().amax(dim=1)
+        if in_16_bits:
+            largest = torch.maximum(largest, _largest_pairs(part))
+        scale = largest.clamp_min_(_TINY).div_(_LEVELS)
         scales[start : start + rows] = scale
-        levels = part.div(scale[:, None]).round_()
-        values[start : start + rows] = levels.view(-1, *weight.shape[1:])
+        values[start : start + rows] = part.div(scale.view(-1, *[1] * (part.ndim - 1))).round_()
     return values, scales
+
+
+def _fitted(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """An int8 weight and its scales, which may come from another CPU, such that this one's sums fit."""
+    if not sums_in_16_bits():
+        return weight, scale
+    for rows in torch.arange(len(weight)).split(_rows_at_a_time(weight)):
+        over = rows[_largest_pairs(weight[rows].float()) > _LARGEST_PAIR]
+        if len(over):
+            weight, scale = weight.clone(), scale.clone()
+            plain = weight[over].float() * scale[over].view(-1, *[1] * (weight.ndim - 1))
+            weight[over], scale[over] = _quantize_rows(plain)
+    return weight, scale
+
+
+def _largest_pairs(rows: torch.Tensor) -> torch.Tensor:
+    """The largest |a + b| of neighbouring inputs 0 and 1, 2 and 3 and so on, in each row; 0 with one input."""
+    paired = rows.shape[1] // 2 * 2
+    sums = (rows[:, 0:paired:2] + rows[:, 1:paired:2]).flatten(1).abs_()
+    return sums.amax(dim=1) if sums.shape[1] else rows.new_zeros(len(rows))

@@ -21,8 +21,8 @@ from torchao.prototype.safetensors.safetensors_support import flatten_tensor_sta
 
 from .geglu import convert_geglu
 from .int8 import Int8, Int8Conv2d, Int8Gate, Int8Linear, convert_feed_forward
+from .int8_units import check_int8_units
 from .record import Quantized
-from .schemes import check_int8_units
 from .torchao_form import TorchaoLinear
 
 FILE = "fastdiff_quantized.safetensors"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .int8_units import check_int8_units, int8_units
 from .sources import free_memory
 
 # Below this many parameters a model's layers are so small that quantizing their input outweighs what is saved.
@@ -93,19 +94,6 @@ def why_no_fast_sums() -> str | None:
     return "its fast products by rows can fail in CUDA 12.9 (torchao issue 4582); builds for 12.6 and 13.0 are fine"
 
 
-def check_int8_units() -> None:
-    """Refuse `int8-dynamic` on a CPU that cannot compute it.
-
-    Raises:
-        ValueError: the CPU has neither AMX nor VNNI, or PyTorch no oneDNN.
-    """
-    if _int8_units() is None:
-        raise ValueError(
-            "quantization='int8-dynamic' needs a CPU with AMX or VNNI, and oneDNN; here one of them is missing. Use "
-            "'int8-weight-only', 'auto' or 'none'."
-        )
-
-
 def _choose(device: torch.device, dtype: torch.dtype, is_compiled: bool) -> QuantizationChoice:
     capability = _capability(device)
     if capability is None:
@@ -124,7 +112,7 @@ def _choose(device: torch.device, dtype: torch.dtype, is_compiled: bool) -> Quan
 
 
 def _choose_on_cpu(dtype: torch.dtype, parameters: int, is_compiled: bool, is_shared: bool) -> QuantizationChoice:
-    units, why = _int8_units(), None
+    units, why = int8_units(), None
     if units is None:
         why = "this CPU has no units for int8 products"
     elif dtype not in (torch.bfloat16, torch.float32):
@@ -140,7 +128,7 @@ def _choose_on_cpu(dtype: torch.dtype, parameters: int, is_compiled: bool, is_sh
         why = "stock models share the weights, which would be held twice; ask for int8-dynamic by name"
     if why is not None:
         return QuantizationChoice(None, why)
-    return QuantizationChoice("int8-dynamic", f"{units} int8 units")
+    return QuantizationChoice("int8-dynamic", f"{units} int8 products")
 
 
 def _why_not(dtype: torch.dtype) -> str | None:
@@ -152,16 +140,6 @@ def _why_not(dtype: torch.dtype) -> str | None:
 
 def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-
-
-def _int8_units() -> str | None:
-    """The CPU's units for int8 products: "AMX", "VNNI" or None. Older instructions overflow in 16 bits."""
-    if not torch.backends.mkldnn.is_available():
-        return None
-    capabilities = torch.cpu.get_capabilities()
-    if capabilities.get("amx_int8"):
-        return "AMX"
-    return "VNNI" if capabilities.get("avx512_vnni") or capabilities.get("avx_vnni") else None
 
 
 def _dotted(capability: tuple[int, int]) -> str:

@@ -19,9 +19,9 @@ from support.embedded import draw, load_fast, load_stock
 import fastdiff
 from fastdiff import FastAutoencoderKL, FastConfig, FastUNet2DConditionModel
 from fastdiff.models.form import count_forms
-from fastdiff.weights import schemes
+from fastdiff.weights.int8_units import int8_units
 
-needs_int8 = pytest.mark.skipif(schemes._int8_units() is None, reason="needs AMX or VNNI")
+needs_int8 = pytest.mark.skipif(int8_units() is None, reason="needs AVX2, VNNI or AMX")
 FORMS = [{}, {"pack_weights": True}, pytest.param({"quantization": "int8-dynamic"}, marks=needs_int8)]
 COMMUNITY = Path(os.environ.get("FASTDIFF_UPSTREAM", "")) / "examples" / "community"
 

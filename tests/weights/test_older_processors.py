@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdiff.weights import schemes
+from fastdiff.weights.int8_units import int8_units
 
 # What each processor lacks of the next.
 PROCESSORS = {
@@ -56,9 +56,10 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.skipif(schemes._int8_units() is None, reason="the processor itself has no more than these")
 @pytest.mark.parametrize("processor", PROCESSORS)
 def test_whatever_is_chosen_is_right(processor, tmp_path):
+    if int8_units() in ([None] if processor == "Haswell" else [None, "AVX2"]):
+        pytest.skip("the processor itself has no more")
     here = Path(__file__).parent
     arguments = [sys.executable, "-c", DRAW, str(tmp_path / "tuning.json"), str(here), str(here.parent)]
     environment = {**os.environ, **PROCESSORS[processor]}
