@@ -115,12 +115,12 @@ def attention_sizes(model: Any, side: int | None = None) -> list[AttentionSize]:
 
 
 def attention_table(models: list[Any], tuning: str, side: int | None) -> list[str]:
-    """Measure anew, whatever is known; returns a line for each distinct size (see `choices.measured_table`)."""
+    """Measure anew, whatever is known; returns a line for each distinct size (see `choices.form_table`)."""
     lines = []
     for model in models:
         if _why_none(model) is None and (sizes := attention_sizes(model, side)):
             answers = measure_attention(model, sizes, tuning, again=True)
-            lines += [table_line(key, outcomes) for key, outcomes in answers.items()]
+            lines += [table_line(key, outcomes, choose(outcomes, tuple(outcomes))) for key, outcomes in answers.items()]
     return lines
 
 

@@ -14,7 +14,7 @@ from .models.base import FastModelMixin
 from .models.memory_format import apply_channels_last
 from .tuning import PLAIN, Answers, Outcome, Tuner, choose, input_shapes, layer_key, layer_questions, tuner_of
 from .weights.activations import load_kernels
-from .weights.places import CANDIDATES, INT8, PACKED, count_weights, places, shipped_choice
+from .weights.places import CANDIDATES, INT8, PACKED, count_weights, form_of, places, shipped_choice
 
 # Below this many parameters layers are so small that what they cost is the way through Python. VAEs have more.
 MIN_PARAMETERS = 10_000_000
@@ -140,29 +140,34 @@ def tuning_digest(pipe: Any) -> str | None:
     return tuner.digest if tuner.answers else None
 
 
-def measured_table(models: list[Any], tuning: str, side: int | None) -> list[str]:
-    """Measure anew, whatever is known; returns a line for each distinct shape.
+def measure_again(model: Any, tuning: str, side: int | None) -> Answers:
+    """Measure the layers of a model, whatever is known of them.
 
     Args:
-        models: on a CPU.
+        model: on a CPU.
         tuning: of `FastConfig`.
-        side: of the latents to measure at; the models' own if None.
+        side: of the latents to measure at; the model's own if None.
     """
-    lines = []
-    for model in models:
-        apply_channels_last(model, True)
-        found = _of_some_size(places(model))
-        counts = Counter(map(layer_key, found.values()))
-        for key, outcomes in _measured(model, found, tuning, None, _MAX_SECONDS, side, again=True).items():
-            lines.append(f"{counts[key]:4} x {table_line(key, outcomes)}")
-    return lines
+    apply_channels_last(model, True)
+    return _measured(model, _of_some_size(places(model)), tuning, None, _MAX_SECONDS, side, again=True)
 
 
-def table_line(key: str, outcomes: dict[str, Outcome]) -> str:
+def form_table(model: Any, answers: Answers) -> list[str]:
+    """A line for each distinct shape that was measured, with the forms that its layers have now."""
+    forms: dict[str, Counter[str]] = {}
+    for place in places(model).values():
+        forms.setdefault(layer_key(place), Counter())[form_of(place)] += 1
+    return [
+        f"{forms[key].total():4} x {table_line(key, outcomes, ' and '.join(sorted(forms[key])))}"
+        for key, outcomes in answers.items()
+    ]
+
+
+def table_line(key: str, outcomes: dict[str, Outcome], taken: str) -> str:
     """What was measured for a key, the plain option first, and which option is taken."""
-    plain, *others = outcomes
+    plain = next(iter(outcomes))
     shown = ", ".join(_show(name, outcome, plain) for name, outcome in outcomes.items())
-    return f"{key}: {shown}; taken: {choose(outcomes, tuple(others))}"
+    return f"{key}: {shown}; taken: {taken}"
 
 
 def _show(name: str, outcome: Outcome, plain: str) -> str:

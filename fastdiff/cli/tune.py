@@ -20,7 +20,7 @@ def add_command(commands) -> None:
 
 def _tune(arguments: argparse.Namespace) -> int:
     from ..attention_choice import attention_table
-    from ..choices import measured_table, tuned_models, tuner_for
+    from ..choices import form_table, measure_again, tuned_models, tuner_for
 
     pipe = load_pipeline(arguments)
     if pipe.unet.device.type not in ("cpu", "cuda"):
@@ -33,12 +33,17 @@ def _tune(arguments: argparse.Namespace) -> int:
         raise UsageError("--tuning off: this command measures; name a file, or leave it out")
     if not models:
         raise UsageError(f"--preset {arguments.preset}: the stock classes stay in place, and nothing is chosen")
+    if pipe.active_config.fuse_qkv:
+        pipe.fuse_qkv_projections()  # now, and not with the plan: what is measured has to be what runs
     # On GPUs layers have one form.
-    rows = measured_table(models, tuning, side) if pipe.unet.device.type == "cpu" else []
+    measured = [(model, measure_again(model, tuning, side)) for model in models if model.device.type == "cpu"]
+    attention: list[str] = []
     if pipe.active_config.attention == "auto":
-        rows += attention_table([model for model in models if model is not pipe.vae], tuning, side)
-    for row in rows:
-        print(row)
+        attention = attention_table([model for model in models if model is not pipe.vae], tuning, side)
+    seconds = time.perf_counter() - started
+    _ = pipe.plan  # which gives each layer the form that the preset, the dtype and the measurements allow
+    rows = [*(row for model, answers in measured for row in form_table(model, answers)), *attention]
+    print("\n".join(rows))
     path = tuner_for(models[0], tuning).record.path
-    print(f"{len(rows)} shapes in {time.perf_counter() - started:.1f} s, kept in {path}")
+    print(f"{len(rows)} shapes in {seconds:.1f} s, kept in {path}")
     return 0

@@ -15,11 +15,15 @@ from PIL import Image
 from support.embedded import load_stock
 
 import fastdiff
+from fastdiff import choices
 from fastdiff.bench.ladder import LADDER
 from fastdiff.bench.names import RUNGS
-from fastdiff.cli import main
+from fastdiff.cli import main, tune
 from fastdiff.cli.compare import describe_ratio
 from fastdiff.cli.pictures import psnr
+from fastdiff.tuning import layer_key
+from fastdiff.weights.int8_units import int8_units
+from fastdiff.weights.places import count_weights, form_of, places
 
 QUICK = ["--steps", "2", "--size", "64x96", "--seed", "3"]
 
@@ -290,3 +294,27 @@ def test_no_message_advises_to_install_a_foreign_package():
 
 def test_rungs_are_named_as_they_are_built():
     assert tuple(rung.name for rung in LADDER) == RUNGS
+
+
+needs_int8 = pytest.mark.skipif(int8_units() is None, reason="needs AVX2, VNNI or AMX")
+INT8 = pytest.param(["--quantization", "int8-dynamic"], marks=needs_int8)
+
+
+@pytest.mark.parametrize("arguments", [["--preset", "exact"], ["--dtype", "float16"], INT8])
+def test_tuning_measures_the_layers_that_will_run_and_shows_the_forms_that_they_take(
+    arguments, tmp_path, capsys, monkeypatch
+):
+    for name in ("MIN_PARAMETERS", "_MIN_WEIGHTS"):
+        monkeypatch.setattr(choices, name, 20_000)  # so that the plan of a small model asks, too
+    used, load = [], tune.load_pipeline
+    monkeypatch.setattr(tune, "load_pipeline", lambda arguments: used.append(load(arguments)) or used[0])
+    assert main(["tune", "--size", "64x64", "--tuning", str(tmp_path / "tuning.json"), *arguments]) == 0
+    shown = re.findall(r"^ *\d+ x (.*?): .*; taken: (.*)$", capsys.readouterr().out, re.MULTILINE)
+    expected = []
+    for model in (used[0].unet, used[0].vae):
+        forms: dict[str, set[str]] = {}
+        for place in (place for place in places(model).values() if count_weights(place) >= 20_000):
+            forms.setdefault(layer_key(place), set()).add(form_of(place))
+        expected += [(key, " and ".join(sorted(taken))) for key, taken in forms.items()]
+    assert sorted(shown) == sorted(expected)
+    assert any("int8" in taken for _, taken in shown) == ("int8-dynamic" in arguments)
