@@ -122,6 +122,7 @@ def _cells(result: Result) -> Iterator[tuple[str, str]]:
         settings = result.data["settings"]
         measure, (width, height) = settings["measures"][0], settings["size"]
         batch = "" if settings["batch"] == 1 else f", batch {settings['batch']}"
+        compiler = "" if result.data["machine"].get("cpp_compiler", True) else ", no C++ compiler"
         for rung, against, label in (
             ("exact", REFERENCE, '`"exact"`, lossless, beside stock'),
             ("balanced", REFERENCE, "default, beside stock"),
@@ -131,7 +132,7 @@ def _cells(result: Result) -> Iterator[tuple[str, str]]:
         ):
             found = result.data["rungs"].get(rung, {}).get("ratios", {}).get(measure, {}).get(against)
             if found is not None:
-                yield f"{UNITS[measure]}, {width}x{height}{batch}{_steps(settings)}: {label}", ratio(found)
+                yield f"{UNITS[measure]}, {width}x{height}{batch}{_steps(settings)}{compiler}: {label}", ratio(found)
     if result.theme == "lora":
         for run in result.data["benchmarks"]:
             if "stock_ratio" in run["extra_info"]:

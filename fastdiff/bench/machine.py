@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ..weights.activations import load_kernels
+
 _PACKAGES = ("fastdiff", "torch", "diffusers", "transformers", "torchao", "peft", "accelerate", "openvino")
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -27,6 +29,7 @@ def machine_info(device: str | torch.device = "cpu") -> dict:
         "threads": torch.get_num_threads(),
         "amx_bf16": torch.cpu._is_amx_tile_supported(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "cpp_compiler": load_kernels() is not None,
         "versions": _versions(),
     }
     if torch.device(device).type == "cuda":
@@ -43,6 +46,8 @@ def machine_info(device: str | torch.device = "cpu") -> dict:
 def describe(info: dict) -> str:
     """One line: hardware and the versions that matter most."""
     threads = f"{info['threads']} thread{'' if info['threads'] == 1 else 's'}"
+    if not info.get("cpp_compiler", True):
+        threads += ", no C++ compiler"
     hardware = info["gpu"] if "gpu" in info else f"{info['cpu']}, {threads}"
     names = ("torch", "diffusers", "torchao")
     return f"{hardware}; " + ", ".join(f"{name} {info['versions'][name]}" for name in names)

@@ -18,6 +18,8 @@ def title(results: dict) -> str:
         parts.append(f"{settings['steps']} steps")
     if settings["dtype"] != "bfloat16":
         parts.append(settings["dtype"])
+    if not results["machine"].get("cpp_compiler", True):
+        parts.append("without a C++ compiler")
     return f"{UNITS[settings['measures'][0]]}: " + ", ".join(parts)
 
 
