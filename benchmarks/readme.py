@@ -32,6 +32,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "ladder": sections.ladder,
     "attention": sections.attention,
     "quantization": sections.quantization,
+    "quality": sections.quality,
     "compile": sections.compiling,
     "cold-start": sections.cold_start,
     "lossy": sections.lossy,
@@ -117,12 +118,13 @@ def summary(results: list[Result]) -> str:
 
 
 def _cells(result: Result) -> Iterator[tuple[str, str]]:
-    """(row, ratio) pairs that a result gives to the README's table."""
+    """(row, ratio) pairs that a result gives to the README's table; none without a C++ compiler."""
+    if not result.data.get("machine", {}).get("cpp_compiler", True):
+        return
     if result.theme == "ladder" and result.data["settings"]["model"] == SDXL_RANDOM:
         settings = result.data["settings"]
         measure, (width, height) = settings["measures"][0], settings["size"]
         batch = "" if settings["batch"] == 1 else f", batch {settings['batch']}"
-        compiler = "" if result.data["machine"].get("cpp_compiler", True) else ", no C++ compiler"
         for rung, against, label in (
             ("exact", REFERENCE, '`"exact"`, lossless, beside stock'),
             ("balanced", REFERENCE, "default, beside stock"),
@@ -132,7 +134,7 @@ def _cells(result: Result) -> Iterator[tuple[str, str]]:
         ):
             found = result.data["rungs"].get(rung, {}).get("ratios", {}).get(measure, {}).get(against)
             if found is not None:
-                yield f"{UNITS[measure]}, {width}x{height}{batch}{_steps(settings)}{compiler}: {label}", ratio(found)
+                yield f"{UNITS[measure]}, {width}x{height}{batch}{_steps(settings)}: {label}", ratio(found)
     if result.theme == "lora":
         for run in result.data["benchmarks"]:
             if "stock_ratio" in run["extra_info"]:

@@ -119,6 +119,40 @@ def quantization(path: Path) -> str:
     return "\n".join(lines)
 
 
+def quality(path: Path) -> str:
+    """What quantization costs: of pictures, or of the UNet's output."""
+    results = json.loads(path.read_text(encoding="utf-8"))
+    if results["what"] == "pictures":
+        lines = [
+            f"**What quantizing every eligible layer costs**: {results['rows'][0]['captions']} held-out captions drawn "
+            f"in {results['steps']} steps by the embedded model, in bfloat16 and quantized.",
+            "",
+            "| form | layers | captions satisfied | PSNR to bfloat16 | SSIM to bfloat16 |",
+            "|---|---|---|---|---|",
+        ]
+        for row in results["rows"]:
+            psnr = row["psnr_vs_bfloat16_db"]
+            cells = [f"`{row['variant']}`", row["layers"] or "", f"{row['satisfied']:.0%}"]
+            cells += ["", ""] if psnr is None else [f"{psnr:.1f} dB", f"{row['ssim_vs_bfloat16']:.4f}"]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    else:
+        lines = [
+            f"**Distance of a step's result from float32's**: the full-size UNet with random weights at "
+            f"{results['size']}x{results['size']}, in bfloat16 and with every eligible layer quantized.",
+            "",
+            "| form | layers | step | median layer | worst layer |",
+            "|---|---|---|---|---|",
+        ]
+        for form, row in results["rows"].items():
+            cells = [f"`{form}`", row.get("layers", ""), f"{row['error']:.1%}"]
+            if "worst_layers" in row:
+                worst = max(layer["quantized"] for layer in row["worst_layers"].values())
+                cells += [f"{row['median_layer']:.1%}", f"{worst:.1%}"]
+            lines.append("| " + " | ".join(map(str, [*cells, "", ""][:5])) + " |")
+    source = f"From [{path.name}](results/{path.name}), by `python -m fastdiff.bench.quantization {results['what']}`."
+    return "\n".join([*lines, "", f"{describe(results['machine'])}; {results['date']}. {source}"])
+
+
 def compiling(path: Path) -> str:
     """What compiling takes, and gives."""
     data = json.loads(path.read_text(encoding="utf-8"))

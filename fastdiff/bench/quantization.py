@@ -17,6 +17,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from ..weights import apply_quantization, plain_layers
 from ..weights.int8 import Int8Conv2d, Int8Linear
 from ..weights.quantization import uses_onednn
 from ..weights.torchao_form import torchao_config
+from .machine import machine_info
 from .sdxl_random import random_unet
 from .settings import SDXL_RANDOM, Settings
 from .workloads import step_inputs
@@ -138,15 +140,16 @@ def _watched(layers: dict[str, nn.Linear], look: Callable[..., None]) -> Iterato
 
 
 def _errors(layer: Any, x: torch.Tensor, plain: torch.Tensor, scheme: str) -> dict[str, float]:
+    # Copies have the hooks, too.
     twin = copy.deepcopy(layer)
-    reference = copy.deepcopy(layer).float()(x.float())
+    reference = copy.deepcopy(layer).float().forward(x.float())
     if not uses_onednn(scheme, layer):
         quantize_(twin, torchao_config(scheme))
     elif isinstance(layer, nn.Conv2d):
         Int8Conv2d.make(twin)
     else:
         Int8Linear.make(twin)
-    return {"quantized": _distance(twin(x), reference), "plain": _distance(plain, reference)}
+    return {"quantized": _distance(twin.forward(x), reference), "plain": _distance(plain, reference)}
 
 
 def _distance(value: torch.Tensor, reference: torch.Tensor) -> float:
@@ -171,7 +174,9 @@ def main() -> None:
     else:
         result = picture_rows(tuple(arguments.schemes), arguments.count, arguments.steps, arguments.batch)
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        about = {"what": arguments.what, "date": date.today().isoformat(), "machine": machine_info()}
+        size = {"size": arguments.size} if arguments.what == "unet" else {"steps": arguments.steps}
+        arguments.json.write_text(json.dumps({**about, **size, "rows": result}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,24 +14,29 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from support.tiny import tiny_unet
 from torchao.quantization import quantize_
 
 import fastdiff
+from fastdiff import FastUNet2DConditionModel
 from fastdiff.bench.ladder import LADDER, Rung, rungs_for, weight_bytes
+from fastdiff.bench.quantization import layer_errors
 from fastdiff.bench.run import OtherRunError, WrongResultError, run_ladder
 from fastdiff.bench.sdxl_random import UNET_CONFIG
 from fastdiff.bench.settings import REFERENCE, Settings
 from fastdiff.bench.stock import load_stock, twin
 from fastdiff.bench.table import ratio, seconds, table
 from fastdiff.bench.timing import Memory
-from fastdiff.bench.workloads import as_array, step_flops, workload
+from fastdiff.bench.workloads import as_array, step_flops, step_inputs, workload
 from fastdiff.cli import main
+from fastdiff.weights.int8_units import int8_units
 from fastdiff.weights.torchao_form import torchao_config
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = Settings(
     model=fastdiff.EMBEDDED_CHECKPOINT, size=(64, 64), measures=("step",), dtype=torch.float32, rounds=2, steps=2
 )
+needs_int8 = pytest.mark.skipif(int8_units() is None, reason="needs AVX2, VNNI or AMX")
 EAGER = ["channels-last", "exact", "balanced"]
 
 
@@ -267,3 +272,14 @@ def test_weights_of_a_quantized_model_are_counted():
     plain = weight_bytes(pipe)
     quantize_(model, torchao_config("int8-weight-only"))
     assert plain / 2 < weight_bytes(pipe) < 0.6 * plain
+
+
+@pytest.mark.parametrize("scheme", ["int8-weight-only", pytest.param("int8-dynamic", marks=needs_int8)])
+def test_errors_of_quantized_layers_are_found_on_their_own_inputs_worst_first(scheme):
+    unet = FastUNet2DConditionModel.from_stock(tiny_unet())
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    errors = layer_errors(unet, step_inputs(unet, STEP), scheme, min_weights=1)
+    found = [error["quantized"] for error in errors.values()]
+    assert found and found == sorted(found, reverse=True) and 1e-4 < found[-1] and found[0] < 0.1
+    assert all(error["plain"] < 1e-5 for error in errors.values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in unet.state_dict().items())
