@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from .choices import MIN_PARAMETERS, table_line, tuner_for
 from .models.attention_backends import DTYPES, Backend, backends
-from .models.attention_kernel import DTYPE, HEAD_DIM, attend, attending, kind_of, load_attention
+from .models.attention_kernel import DTYPE, HEAD_DIM, attend, attend_copied, attending, kind_of, load_attention
 from .models.context import appended_tokens
 from .tuning import Answers, AttentionSize, Outcome, attention_question, choose, input_shapes
 
-OURS = "our kernel"
+OURS, COPIED = "our kernel", "PyTorch's over heads copied apart"
 # Of tuning, for all sizes of a model.
 _SECONDS = 1.0
 # A kernel of PyTorch's has to be so many times as fast as the one that it takes by itself.
@@ -46,18 +46,25 @@ def choose_attention(model: Any, tuning: str, bar: dict | None = None) -> Attent
         return left_to_pytorch(why)
     sizes = attention_sizes(model)
     answers = measure_attention(model, sizes, tuning, bar)
-    if model.device.type == "cpu":
+    if OURS in (kernels := _kernels(model)):
         return _ours(sizes, answers)
-    return _backends(sizes, answers)
+    if model.device.type == "cuda":
+        kernels = {name: Backend(name) for name in kernels}  # measured alone; in pictures, others take what it cannot
+    return _fastest(sizes, answers, kernels)
+
+
+def _kernels(model: Any) -> Mapping[str, Callable]:
+    """What there is to choose from besides PyTorch's choice."""
+    if model.device.type != "cpu":
+        return backends()
+    return {COPIED: attend_copied} if load_attention() is None else {OURS: attend}
 
 
 def _why_none(model: Any) -> str | None:
     """Why there are no kernels to measure on this device."""
     if model.device.type == "cpu":
         if model.dtype != DTYPE:
-            return "our kernel takes bfloat16"
-        if load_attention() is None:
-            return "no C++ compiler was found, or the processor lacks AVX512-BF16"
+            return "there are other kernels in bfloat16 alone"
         return None
     if model.device.type != "cuda":
         return f"no kernels to choose from on {model.device.type}"
@@ -77,25 +84,25 @@ def _ours(sizes: list[AttentionSize], answers: Answers) -> AttentionChoice:
     return AttentionChoice(dict.fromkeys(kinds, attend), reason)
 
 
-def _backends(sizes: list[AttentionSize], answers: Answers) -> AttentionChoice:
-    kernels, reasons = {}, []
+def _fastest(sizes: list[AttentionSize], answers: Answers, kernels: Mapping[str, Callable]) -> AttentionChoice:
+    chosen, reasons = {}, []
     for kind in ("self", "cross"):
         found = [answers[size.key] for size in sizes if size.kind == kind and size.key in answers]
         # A kernel has to win at every size; of those that do, the one whose least gain is largest.
-        gains = {name: [_gain(outcomes[name]) for outcomes in found] for name in backends() if found}
+        gains = {name: [_gain(outcomes.get(name)) for outcomes in found] for name in kernels if found}
         won = {name: ratios for name, ratios in gains.items() if min(ratios) >= _MARGIN}
         if won:
             best = max(won, key=lambda name: min(won[name]))
-            kernels[kind] = Backend(best)
+            chosen[kind] = kernels[best]
             low, high = min(won[best]), max(won[best])
             reasons.append(f"{kind}-attention by {best}, measured here {low:.3g} to {high:.3g} times PyTorch's choice")
-    if not kernels:
+    if not chosen:
         return left_to_pytorch("measured here, none of its kernels is faster than its choice")
-    return AttentionChoice(kernels, "; ".join(reasons))
+    return AttentionChoice(chosen, "; ".join(reasons))
 
 
-def _gain(outcome: Outcome) -> float:
-    return 0.0 if outcome.refused is not None else outcome.ratio[1]
+def _gain(outcome: Outcome | None) -> float:
+    return 0.0 if outcome is None or outcome.refused is not None else outcome.ratio[1]
 
 
 def attention_sizes(model: Any, side: int | None = None) -> list[AttentionSize]:
@@ -128,7 +135,7 @@ def measure_attention(
     model: Any, sizes: list[AttentionSize], tuning: str, bar: dict | None = None, again: bool = False
 ) -> Answers:
     """What is known, or measured now, of those sizes, by their keys."""
-    kernels = {OURS: attend} if model.device.type == "cpu" else backends()
+    kernels = _kernels(model)
     return tuner_for(model, tuning).ask(
         (size.key for size in sizes),
         lambda keys: [attention_question(size, kernels, model.device) for size in sizes if size.key in keys],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
@@ -64,6 +65,18 @@ def attend(
     sizes = (batch, heads, queries, keys)
     failed = function(*pointers, out.data_ptr(), *sizes, ctypes.addressof(strides), HEAD_DIM**-0.5)
     return None if failed else out
+
+
+def attend_copied(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """`F.scaled_dot_product_attention` without dropout, over copies in which each head's tokens lie together.
+
+    Projections leave heads side by side in each token, and PyTorch's kernel for CPUs reads the keys once for every few
+    queries: from that many places, which can take longer than the copies.
+    """
+    query, key, value = (tensor.contiguous() for tensor in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 def apply_attention(model: nn.Module, kernels: Mapping[str, Callable]) -> int:

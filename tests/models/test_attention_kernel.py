@@ -144,7 +144,7 @@ def calls(monkeypatch):
         seen.append(tensors[0].shape)
         return attend(*tensors)
 
-    monkeypatch.setattr("fastdiff.models.attention_kernel.attend", counted)
+    monkeypatch.setattr(attention_choice, "attend", counted)
     return seen
 
 
@@ -153,6 +153,8 @@ def test_every_layer_takes_it_where_it_wins_and_one_field_switches_it_off(checkp
     exact = load(checkpoint, torch.float32)
     theirs = draw(without).float()
     assert not calls and "switched off by FastConfig.attention" in step_of(without).reason
+    assert pipe.plan, "measures"
+    calls.clear()
     result = draw(pipe).float()
     layers = sum(name.endswith(("attn1", "attn2")) for name, _ in pipe.unet.named_modules())
     assert len(calls) == 3 * layers
