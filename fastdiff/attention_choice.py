@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 from .choices import MIN_PARAMETERS, table_line, tuner_for
 from .models.attention_backends import DTYPES, Backend, backends
-from .models.attention_kernel import DTYPE, HEAD_DIM, attend, attend_copied, attending, kind_of, load_attention
+from .models.attention_kernel import DTYPE, HEAD_DIM, attend, attend_in_products, attending, kind_of, load_attention
 from .models.context import appended_tokens
 from .tuning import Answers, AttentionSize, Outcome, attention_question, choose, input_shapes
 
-OURS, COPIED = "our kernel", "PyTorch's over heads copied apart"
+OURS, PRODUCTS = "our kernel", "two products"
+_LOSSY = (PRODUCTS,)
 # Of tuning, for all sizes of a model.
 _SECONDS = 1.0
 # A kernel of PyTorch's has to be so many times as fast as the one that it takes by itself.
@@ -23,6 +24,7 @@ class AttentionChoice(NamedTuple):
 
     kernels: Mapping[str, Callable]
     reason: str
+    lossless: bool = True
 
 
 def left_to_pytorch(why: str) -> AttentionChoice:
@@ -30,12 +32,13 @@ def left_to_pytorch(why: str) -> AttentionChoice:
     return AttentionChoice({}, f"left to PyTorch: {why}")
 
 
-def choose_attention(model: Any, tuning: str, bar: dict | None = None) -> AttentionChoice:
-    """Choose for a UNet or ControlNet by measurement: on a CPU our kernel, on a GPU one of PyTorch's.
+def choose_attention(model: Any, tuning: str, lossy: bool, bar: dict | None = None) -> AttentionChoice:
+    """Choose for a UNet or ControlNet by measurement: on a CPU a kernel of ours, on a GPU one of PyTorch's.
 
     Args:
         model: where it is small it is left to PyTorch.
         tuning: of `FastConfig`; what was not measured is left to PyTorch.
+        lossy: whether a kernel that rounds more than PyTorch's may be taken.
         bar: arguments of the progress bar.
     """
     if sum(parameter.numel() for parameter in model.parameters()) < MIN_PARAMETERS:
@@ -44,20 +47,22 @@ def choose_attention(model: Any, tuning: str, bar: dict | None = None) -> Attent
         return left_to_pytorch('nothing is measured with tuning="off"')
     if (why := _why_none(model)) is not None:
         return left_to_pytorch(why)
-    sizes = attention_sizes(model)
+    kernels, sizes = _kernels(model), attention_sizes(model)
+    if model.device.type == "cpu":
+        [(name, kernel)] = kernels.items()
+        if name in _LOSSY and not lossy:
+            return left_to_pytorch("our kernel needs a C++ compiler and AVX512-BF16")
+        return _wherever_it_wins(name, kernel, sizes, measure_attention(model, sizes, tuning, bar))
     answers = measure_attention(model, sizes, tuning, bar)
-    if OURS in (kernels := _kernels(model)):
-        return _ours(sizes, answers)
-    if model.device.type == "cuda":
-        kernels = {name: Backend(name) for name in kernels}  # measured alone; in pictures, others take what it cannot
-    return _fastest(sizes, answers, kernels)
+    # Measured alone; in pictures, others take what one cannot.
+    return _fastest(sizes, answers, {name: Backend(name) for name in kernels})
 
 
 def _kernels(model: Any) -> Mapping[str, Callable]:
     """What there is to choose from besides PyTorch's choice."""
     if model.device.type != "cpu":
         return backends()
-    return {COPIED: attend_copied} if load_attention() is None else {OURS: attend}
+    return {PRODUCTS: attend_in_products} if load_attention() is None else {OURS: attend}
 
 
 def _why_none(model: Any) -> str | None:
@@ -71,17 +76,17 @@ def _why_none(model: Any) -> str | None:
     return None if model.dtype in DTYPES else f"in {str(model.dtype).removeprefix('torch.')} there is one kernel"
 
 
-def _ours(sizes: list[AttentionSize], answers: Answers) -> AttentionChoice:
+def _wherever_it_wins(name: str, kernel: Callable, sizes: list[AttentionSize], answers: Answers) -> AttentionChoice:
     # A kind takes the kernel if it wins at every size.
-    won = {size: choose(answers[size.key], (OURS,)) == OURS for size in sizes if size.key in answers}
+    won = {size: choose(answers[size.key], (name,)) == name for size in sizes if size.key in answers}
     kinds = frozenset(size.kind for size in won) - {size.kind for size, wins in won.items() if not wins}
-    ratios = [answers[size.key][OURS].ratio[1] for size in won if size.kind in kinds]
+    ratios = [answers[size.key][name].ratio[1] for size in won if size.kind in kinds]
     if not kinds:
-        refused = {str(found[OURS].refused) for found in answers.values() if found[OURS].refused is not None}
-        return left_to_pytorch("; ".join(sorted(refused)) or "measured here, our kernel is no faster")
+        refused = {str(found[name].refused) for found in answers.values() if found[name].refused is not None}
+        return left_to_pytorch("; ".join(sorted(refused)) or f"measured here, {name} is no faster")
     times = f"measured here {min(ratios):.2g} to {max(ratios):.2g} times PyTorch's"
-    reason = f"{' and '.join(sorted(kinds, reverse=True))}-attention by our kernel, {times}"
-    return AttentionChoice(dict.fromkeys(kinds, attend), reason)
+    reason = f"{' and '.join(sorted(kinds, reverse=True))}-attention by {name}, {times}"
+    return AttentionChoice(dict.fromkeys(kinds, kernel), reason, name not in _LOSSY)
 
 
 def _fastest(sizes: list[AttentionSize], answers: Answers, kernels: Mapping[str, Callable]) -> AttentionChoice:
@@ -121,13 +126,14 @@ def attention_sizes(model: Any, side: int | None = None) -> list[AttentionSize]:
     return sorted(found)
 
 
-def attention_table(models: list[Any], tuning: str, side: int | None) -> list[str]:
+def attention_table(models: list[Any], tuning: str, lossy: bool, side: int | None) -> list[str]:
     """Measure anew, whatever is known; returns a line for each distinct size (see `choices.form_table`)."""
     lines = []
     for model in models:
         if _why_none(model) is None and (sizes := attention_sizes(model, side)):
             answers = measure_attention(model, sizes, tuning, again=True)
-            lines += [table_line(key, outcomes, choose(outcomes, tuple(outcomes))) for key, outcomes in answers.items()]
+            allowed = tuple(name for name in _kernels(model) if lossy or name not in _LOSSY)
+            lines += [table_line(key, outcomes, choose(outcomes, allowed)) for key, outcomes in answers.items()]
     return lines
 
 
@@ -138,7 +144,9 @@ def measure_attention(
     kernels = _kernels(model)
     return tuner_for(model, tuning).ask(
         (size.key for size in sizes),
-        lambda keys: [attention_question(size, kernels, model.device) for size in sizes if size.key in keys],
+        lambda keys: [
+            attention_question(size, kernels, model.device, lossy=_LOSSY) for size in sizes if size.key in keys
+        ],
         bar,
         again,
         _SECONDS,

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .config import FastConfig
+from .models.attention_kernel import load_attention
 from .models.base import FastModelMixin
 from .models.memory_format import apply_channels_last
 from .tuning import PLAIN, Answers, Outcome, Tuner, choose, input_shapes, layer_key, layer_questions, tuner_of
@@ -202,5 +203,7 @@ def _measured(
 
 def tuner_for(model: Any, tuning: str) -> Tuner:
     """What asks this machine for a model, and remembers."""
-    activations = "operators" if load_kernels() is None else "compiled"
-    return tuner_of(tuning, next(model.parameters()).device, (("activations", activations),))
+    device = next(model.parameters()).device
+    facts = {"activations": load_kernels() is not None, "attention": load_attention() is not None}
+    compiled = tuple((name, "compiled" if found else "operators") for name, found in facts.items())
+    return tuner_of(tuning, device, compiled)

@@ -48,7 +48,8 @@ class FastConfig:
         channels_last: NHWC memory format for convolutions.
         pack_weights: on CPUs, weights in oneDNN's own layout, in place of the plain ones; `"auto"` packs large models
             that are not compiled and share their weights with no stock model.
-        attention: `"auto"` takes in large models, where it is measured to win, on CPUs a kernel of ours, on GPUs one of
+        attention: `"auto"` takes in large models, where it is measured to win, on CPUs a kernel of ours, or where that
+            cannot be compiled and `quantization` is not `"none"`, products that round scores; on GPUs a kernel of
             PyTorch's in place of its choice; `"pytorch"` that choice. A backend of `set_attention_backend` comes
             before either.
         host_schedule: schedulers that keep their schedule on the CPU, so that no step waits for the device.

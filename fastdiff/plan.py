@@ -214,12 +214,14 @@ class Plan(WeightSteps):
             why = "left to PyTorch in compiled regions"
         elif any(model.device.type != self.device.type for model in self.denoisers):
             why = "left to PyTorch: the weights are elsewhere now"
-        layers, reasons = 0, {}
+        lossy, choices = self.config.quantization != "none", []
         for model in self.denoisers:
-            choice = AttentionChoice({}, why) if why else choose_attention(model, self.config.tuning, self.bar)
-            layers += apply_attention(model, choice.kernels)
-            reasons[choice.reason] = True
-        return PlanStep(name, layers > 0, "; ".join(reasons))
+            choices.append(
+                AttentionChoice({}, why) if why else choose_attention(model, self.config.tuning, lossy, self.bar)
+            )
+        layers = sum(apply_attention(model, c.kernels) for model, c in zip(self.denoisers, choices, strict=True))
+        reasons = "; ".join(dict.fromkeys(choice.reason for choice in choices))
+        return PlanStep(name, layers > 0, reasons, all(choice.lossless for choice in choices))
 
     def _compile(self) -> PlanStep:
         choice = choose_compile(self.config.compile, self.unet, self.device)

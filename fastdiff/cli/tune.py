@@ -28,18 +28,20 @@ def _tune(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     width, height = arguments.size or (None, None)
     side = None if width is None else round((width * height) ** 0.5) // pipe.vae_scale_factor
-    models, tuning = tuned_models(pipe), pipe.active_config.tuning
+    models, config = tuned_models(pipe), pipe.active_config
+    tuning = config.tuning
     if tuning == "off":
         raise UsageError("--tuning off: this command measures; name a file, or leave it out")
     if not models:
         raise UsageError(f"--preset {arguments.preset}: the stock classes stay in place, and nothing is chosen")
-    if pipe.active_config.fuse_qkv:
+    if config.fuse_qkv:
         pipe.fuse_qkv_projections()  # now, and not with the plan: what is measured has to be what runs
     # On GPUs layers have one form.
     measured = [(model, measure_again(model, tuning, side)) for model in models if model.device.type == "cpu"]
     attention: list[str] = []
-    if pipe.active_config.attention == "auto":
-        attention = attention_table([model for model in models if model is not pipe.vae], tuning, side)
+    if config.attention == "auto":
+        denoisers = [model for model in models if model is not pipe.vae]
+        attention = attention_table(denoisers, tuning, config.quantization != "none", side)
     seconds = time.perf_counter() - started
     _ = pipe.plan  # which gives each layer the form that the preset, the dtype and the measurements allow
     rows = [*(row for model, answers in measured for row in form_table(model, answers)), *attention]

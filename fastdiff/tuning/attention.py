@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from .question import Option, Question
 PYTORCH = "PyTorch"
 # |difference| / |result| that rounding makes in 16 bits, twice over.
 _ROUNDING = 0.02
+# Times as large as ordinary ones are, of large inputs, scores and values.
 _LARGE = 30
 
 
@@ -37,7 +38,11 @@ class AttentionSize(NamedTuple):
 
 
 def attention_question(
-    size: AttentionSize, kernels: Mapping[str, Callable], device: torch.device, batch: int = 2
+    size: AttentionSize,
+    kernels: Mapping[str, Callable],
+    device: torch.device,
+    batch: int = 2,
+    lossy: Collection[str] = (),
 ) -> Question:
     """Whether a kernel takes the place of PyTorch's.
 
@@ -46,21 +51,24 @@ def attention_question(
         kernels: by name, functions of query, key, value and mask.
         device: where they run.
         batch: samples.
+        lossy: names of kernels that round more than PyTorch's.
     """
     functions = {PYTORCH: F.scaled_dot_product_attention, **kernels}
-    options = tuple(Option(name, functools.partial(functions.__getitem__, name)) for name in functions)
+    options = tuple(
+        Option(name, functools.partial(functions.__getitem__, name), name not in lossy) for name in functions
+    )
 
     def inputs(kind: str, share: float) -> tuple[torch.Tensor | None, ...]:
         generator = torch.Generator().manual_seed(0)
         rows = 1 if kind == "one row" else max(2, round(size.queries * share))
 
-        def draw(tokens: int) -> torch.Tensor:
+        def draw(tokens: int, large: float) -> torch.Tensor:
             # Heads behind tokens, as projections leave them.
             x = torch.randn(batch, tokens, size.heads, size.head_dim, generator=generator)
-            x = {"zeros": 0.0, "large": _LARGE}.get(kind, 1.0) * x
+            x = {"zeros": 0.0, "large": large}.get(kind, 1.0) * x
             return x.to(device, size.dtype).transpose(1, 2)
 
-        query, key, value = draw(rows), draw(size.keys), draw(size.keys)
+        query, key, value = draw(rows, _LARGE**0.5), draw(size.keys, _LARGE**0.5), draw(size.keys, _LARGE)
         if kind == "zero rows":
             query[:, :, : rows // 2] = 0
         mask = None

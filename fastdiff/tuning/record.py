@@ -14,7 +14,7 @@ from pathlib import Path
 from ..cache import cache_folder
 from .question import Outcome
 
-_FORMAT, _VERSION = "fastdiff-tuning", 1
+_FORMAT, _VERSION = "fastdiff-tuning", 2
 
 Answers = dict[str, dict[str, Outcome]]
 

@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from support.embedded import load_fast
 
-from fastdiff import EMBEDDED_CHECKPOINT, FastUNet2DConditionModel, attention_choice
-from fastdiff.bench.settings import Settings
-from fastdiff.bench.workloads import step_inputs
+from fastdiff import attention_choice
 from fastdiff.graphs.wiring import Wiring
 from fastdiff.models.attention_backends import Backend, backends
 from fastdiff.models.attention_kernel import apply_attention
@@ -83,41 +81,6 @@ def test_a_kernel_is_taken_that_wins_at_every_size(ratios, expected):
     for kind, backend in expected.items():
         assert f"{kind}-attention by {backend.name}, measured here" in choice.reason
     assert expected or choice.reason.startswith("left to PyTorch: measured here")
-
-
-@pytest.fixture
-def unet(monkeypatch):
-    """With heads of 64 channels, on a CPU for which no kernel of ours can be compiled."""
-    monkeypatch.setattr(attention_choice, "load_attention", lambda: None)
-    monkeypatch.setattr(attention_choice, "MIN_PARAMETERS", 0)
-    config = FastUNet2DConditionModel.load_config(EMBEDDED_CHECKPOINT, subfolder="unet")
-    changes = {"block_out_channels": (64, 64, 128), "attention_head_dim": (1, 1, 2)}
-    return FastUNet2DConditionModel.from_config({**config, **changes}).to(torch.bfloat16).eval()
-
-
-@pytest.mark.parametrize(("ratio", "taken"), [(1.08, True), (0.99, False), (None, False)])
-def test_without_a_compiler_heads_are_copied_where_that_was_measured_to_win(unet, monkeypatch, ratio, taken):
-    name = attention_choice.COPIED
-    found = {"PyTorch": Outcome(), name: outcome(ratio)}
-    monkeypatch.setattr(attention_choice, "measure_attention", lambda model, sizes, *_: dict.fromkeys(
-        (size.key for size in sizes), found
-    ))  # fmt: skip
-    choice = attention_choice.choose_attention(unet, "auto")
-    assert bool(choice.kernels) == taken and (name in choice.reason) == taken, choice.reason
-    settings = Settings(model=EMBEDDED_CHECKPOINT, size=(64, 64), dtype=torch.bfloat16)
-    with torch.no_grad():
-        expected = unet(**step_inputs(unet, settings)).sample
-        assert (apply_attention(unet, choice.kernels) > 0) == taken
-        result = unet(**step_inputs(unet, settings)).sample
-    assert (result - expected).norm() / expected.norm() < 0.02
-
-
-def test_copies_of_heads_are_measured_and_right(unet, tmp_path):
-    choice = attention_choice.choose_attention(unet, str(tmp_path / "tuning.json"))
-    assert "measured here" in choice.reason
-    sizes = attention_choice.attention_sizes(unet)
-    answers = attention_choice.measure_attention(unet, sizes, str(tmp_path / "tuning.json"))
-    assert answers and all(found[attention_choice.COPIED].refused is None for found in answers.values())
 
 
 def test_graphs_and_copies_know_it():
