@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .question import Outcome
 
-# How much faster than what is in place an option has to be: beyond the spread, one that costs quality. One that changes
+# How many times as fast as what is in place an option has to be, by the shortest times: other work on the machine
+# widens the spread, and by its lower end the same machine would choose otherwise in a busy minute. One that changes
 # nothing but rounding is taken unless it is clearly slower: in a model, where weights come from memory and not from the
 # cache, it gains more than measured here; and so runs that differ by noise choose the same.
 LOSSLESS_MARGIN, LOSSY_MARGIN = 0.90, 1.10
@@ -23,7 +24,9 @@ def choose(outcomes: dict[str, Outcome], allowed: tuple[str, ...]) -> str:
         if name not in allowed or outcome.refused is not None:
             continue
         low, middle, _ = outcome.ratio
-        own, margin = (middle, LOSSLESS_MARGIN) if outcome.lossless else (low, LOSSY_MARGIN)
-        if own >= margin * outcomes[best].ratio[1]:
+        if not outcome.lossless and low < 1:  # one short call may be luck
+            continue
+        margin = LOSSLESS_MARGIN if outcome.lossless else LOSSY_MARGIN
+        if middle >= margin * outcomes[best].ratio[1]:
             best = name
     return best

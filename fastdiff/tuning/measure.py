@@ -13,17 +13,19 @@ from .question import KINDS, Option, Outcome, Question
 SLOW = 10
 # Calls are as large as the model's own, or as large as take so long.
 _CALL_S = 0.0025
+# Of which the shortest says it: the first call at a size prepares things.
+_LOOKS = 3
 # Calls that are shorter are timed several at once.
 _SAMPLE_S = 0.001
-_MIN_ROUNDS, _MAX_ROUNDS = 3, 15
+_MIN_ROUNDS, _MAX_ROUNDS = 3, 45
 _PROBE = 1 / 64
 # Below this, what is slow is the way through Python, and the machine's noise.
 _PROBE_S = 0.0005
 # What a call that seems too slow is given to show that it is not.
 _PATIENT_S = 0.1
-# Where a quarter of the calls take so many times as long as the shortest, the rest of the machine is busy, and timing
+# Where the third shortest call takes so many times as long as the shortest, the rest of the machine is busy, and timing
 # goes on so many times as long.
-_NOISE, _PATIENCE = 1.1, 3
+_NOISE, _PATIENCE = 1.03, 3
 
 
 @torch.no_grad()
@@ -86,11 +88,11 @@ def _check(question, option: Option, function, probe, expected, plain_s, synchro
 def _race(functions: dict[str, Callable], plain: str, inputs: tuple, seconds: float, synchronize) -> dict:
     """Time functions in turn; returns milliseconds and ratios to the plain one by name.
 
-    What the rest of the machine does makes calls slower and none faster. So the shortest times are compared, and a
-    quarter of the way from them to the longest is the spread.
+    What the rest of the machine does makes calls slower and none faster. So the shortest times are compared, and from
+    them to the third shortest is the spread: that of more calls is narrower, which a quartile's would not be.
     """
     started = time.perf_counter()
-    # The first call at a size prepares things; the shortest time and its quarter do not see it.
+    # The first call at a size prepares things; the shortest three do not see it.
     first = {name: _seconds(function, inputs, synchronize) for name, function in functions.items()}
     limit = SLOW * max(_PROBE_S, first[plain])
     first = {name: once if once <= limit else _patient_seconds(functions[name], inputs, synchronize, limit)
@@ -101,26 +103,27 @@ def _race(functions: dict[str, Callable], plain: str, inputs: tuple, seconds: fl
             if first[name] <= limit:
                 calls = max(1, min(100, round(_SAMPLE_S / first[name])))
                 times[name].append(_seconds(function, inputs, synchronize, calls))
-        is_noisy = any(_quarter(own) > _NOISE * min(own) for own in times.values())
+        is_noisy = any(_third(own) > _NOISE * min(own) for own in times.values())
         spent = time.perf_counter() - started
         if index + 1 >= _MIN_ROUNDS and spent > (_PATIENCE * seconds if is_noisy else seconds):
             break
-    best, spread = min(times[plain]), _quarter(times[plain])
+    best, spread = min(times[plain]), _third(times[plain])
     return {
-        name: (min(own) * 1e3, (best / _quarter(own), best / min(own), spread / min(own)))
+        name: (min(own) * 1e3, (best / _third(own), best / min(own), spread / min(own)))
         for name, own in times.items()
     }
 
 
-def _quarter(times: list[float]) -> float:
-    return sorted(times)[len(times) // 4]
+def _third(times: list[float]) -> float:
+    return sorted(times)[:3][-1]
 
 
 def _share(function: Callable, question: Question, synchronize) -> float:
     """How large a call may be so that it takes `_CALL_S`, by halves."""
     share = _PROBE
     while share < 1:
-        seconds = _seconds(function, question.inputs("ordinary", share), synchronize)
+        inputs = question.inputs("ordinary", share)
+        seconds = min(_seconds(function, inputs, synchronize) for _ in range(_LOOKS))
         if 2 * seconds > _CALL_S * 1.5:
             break
         share *= 2

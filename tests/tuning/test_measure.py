@@ -114,9 +114,10 @@ def outcome(low: float, middle: float, lossless: bool = True, refused: str | Non
         ({"a": outcome(0.8, 0.88)}, "plain"),
         ({"a": outcome(1.3, 1.31, refused="wrong")}, "plain"),
         ({"a": outcome(1.3, 1.4), "b": outcome(1.1, 1.2)}, "a"),
-        ({"a": outcome(1.3, 1.4), "b": outcome(1.5, 1.6, lossless=False)}, "a"),
-        ({"a": outcome(1.3, 1.4), "b": outcome(1.55, 1.6, lossless=False)}, "b"),
+        ({"a": outcome(1.3, 1.4), "b": outcome(1.5, 1.53, lossless=False)}, "a"),
+        ({"a": outcome(1.3, 1.4), "b": outcome(1.2, 1.55, lossless=False)}, "b"),
         ({"a": outcome(1.05, 1.06, lossless=False)}, "plain"),
+        ({"a": outcome(0.9, 3.0, lossless=False)}, "plain"),
         ({"forbidden": outcome(3.0, 3.0)}, "plain"),
     ],
 )
