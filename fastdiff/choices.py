@@ -204,6 +204,7 @@ def _measured(
 def tuner_for(model: Any, tuning: str) -> Tuner:
     """What asks this machine for a model, and remembers."""
     device = next(model.parameters()).device
+    if device.type != "cpu":  # nothing to compile for
+        return tuner_of(tuning, device)
     facts = {"activations": load_kernels() is not None, "attention": load_attention() is not None}
-    compiled = tuple((name, "compiled" if found else "operators") for name, found in facts.items())
-    return tuner_of(tuning, device, compiled)
+    return tuner_of(tuning, device, tuple((name, "compiled" if has else "operators") for name, has in facts.items()))

@@ -214,11 +214,11 @@ class Plan(WeightSteps):
             why = "left to PyTorch in compiled regions"
         elif any(model.device.type != self.device.type for model in self.denoisers):
             why = "left to PyTorch: the weights are elsewhere now"
-        lossy, choices = self.config.quantization != "none", []
-        for model in self.denoisers:
-            choices.append(
-                AttentionChoice({}, why) if why else choose_attention(model, self.config.tuning, lossy, self.bar)
-            )
+        lossy = self.config.quantization != "none"
+        choices = [
+            AttentionChoice({}, why) if why else choose_attention(model, self.config.tuning, lossy, self.bar)
+            for model in self.denoisers
+        ]
         layers = sum(apply_attention(model, c.kernels) for model, c in zip(self.denoisers, choices, strict=True))
         reasons = "; ".join(dict.fromkeys(choice.reason for choice in choices))
         return PlanStep(name, layers > 0, reasons, all(choice.lossless for choice in choices))
